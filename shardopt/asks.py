@@ -1,0 +1,90 @@
+"""What a rule, codec or add-on yields because only the whole parameter knows the answer.
+
+An ask holds a LOCAL tensor in the parameter's view (see `shardopt.codecs.geometry`): (..., rows, cols).
+Whoever drives the generator sends the answer back; the asker never learns how many ranks there are.
+
+Answers keep no reduced dimension. What is reduced to a scalar comes back as a 0-d float64 tensor (which does
+not promote the float32 tensors it meets), everything else as float32.
+"""
+
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+Dims = int | tuple[int, ...] | None
+
+
+class Sum(NamedTuple):
+    """Sum of `x` over its dims `dim` (None: all), then over all shards of the view's dims `over`.
+
+    `over` defaults to `dim`. It differs where x is not shaped like the view: for a vector of rows,
+    (..., rows), `Sum(v, dim=-1, over=-2)` adds up all rows of the parameter, wherever they are.
+    """
+
+    x: Tensor
+    dim: Dims = None
+    over: Dims = None
+
+
+class Mean(NamedTuple):
+    """Like `Sum`, divided by the GLOBAL number of elements along `over`."""
+
+    x: Tensor
+    dim: Dims = None
+    over: Dims = None
+
+
+class Max(NamedTuple):
+    """Elementwise maximum of `x` over all shards of the view's dims `over`; x is already reduced locally."""
+
+    x: Tensor
+    over: Dims = None
+
+
+class Whole(NamedTuple):
+    """`fn` of the whole matrix of which x is the local shard, cut again like x."""
+
+    x: Tensor
+    fn: Callable[[Tensor], Tensor]
+
+
+class Total(NamedTuple):
+    """Sum of `x` over every element of every parameter of the optimizer; only before the rules run."""
+
+    x: Tensor
+
+
+Ask = Sum | Mean | Max | Whole | Total
+Asking = Generator[Any, Any, Any]  # yields an Ask or a tuple of them, is sent the answer(s), returns its result
+
+
+def together(*generators: Asking) -> Asking:
+    """Run generators in lock step, so that what they ask shares its rounds; returns the tuple of their results."""
+    results: list[Any] = [None] * len(generators)
+    replies: dict[int, Any] = {i: None for i in range(len(generators))}
+    while replies:
+        asked: dict[int, Any] = {}
+        for i, reply in replies.items():
+            try:
+                asked[i] = generators[i].send(reply)
+            except StopIteration as stop:
+                results[i] = stop.value
+        if not asked:
+            break
+        flat = [ask for group in asked.values() for ask in as_tuple(group)]
+        answers = iter((yield tuple(flat)))
+        replies = {}
+        for i, group in asked.items():
+            got = tuple(next(answers) for _ in as_tuple(group))
+            replies[i] = got if is_group(group) else got[0]
+    return tuple(results)
+
+
+def is_group(asked: Any) -> bool:
+    """Whether a yield holds several asks (a plain tuple) or one (every ask is a NamedTuple)."""
+    return type(asked) is tuple
+
+
+def as_tuple(asked: Any) -> tuple[Ask, ...]:
+    return asked if is_group(asked) else (asked,)
