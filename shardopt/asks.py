@@ -7,12 +7,13 @@ Answers keep no reduced dimension. What is reduced to a scalar comes back as a 0
 not promote the float32 tensors it meets), everything else as float32.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 Dims = int | tuple[int, ...] | None
+EVERYWHERE = ("everywhere",)  # as `over`: every mesh axis, replicas too; for flags on which all ranks must agree
 
 
 class Sum(NamedTuple):
@@ -24,7 +25,7 @@ class Sum(NamedTuple):
 
     x: Tensor
     dim: Dims = None
-    over: Dims = None
+    over: Dims | tuple[str] = None
 
 
 class Mean(NamedTuple):
@@ -42,20 +43,20 @@ class Max(NamedTuple):
     over: Dims = None
 
 
-class Whole(NamedTuple):
-    """`fn` of the whole matrix of which x is the local shard, cut again like x."""
-
-    x: Tensor
-    fn: Callable[[Tensor], Tensor]
-
-
 class Total(NamedTuple):
-    """Sum of `x` over every element of every parameter of the optimizer; only before the rules run."""
+    """Sum over all parameters of the optimizer of `x`, the 0-d float64 sum of one local shard; only before the rules."""
 
     x: Tensor
 
 
-Ask = Sum | Mean | Max | Whole | Total
+class Slot(NamedTuple):
+    """A named state tensor, shaped like the parameter. signed: whether it can be negative."""
+
+    name: str
+    signed: bool = True
+
+
+Ask = Sum | Mean | Max | Total
 Asking = Generator[Any, Any, Any]  # yields an Ask or a tuple of them, is sent the answer(s), returns its result
 
 

@@ -1,7 +1,7 @@
 """What every codec is: how one fp32 tensor is stored between steps, without knowing which rule uses it or where."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -42,6 +42,7 @@ class Codec:
     name: the string that names it everywhere. signed / non_negative: the kinds of slot it can store.
     min_cols, min_elements: a parameter of fewer than two dims, or smaller than these in its GLOBAL view, is stored
     as fp32 instead. projects: what is read back after a recurrence is the projection, not the fresh value.
+    A field with a leading underscore is no option: nobody gives it, `describe` leaves it out.
     """
 
     name: ClassVar[str]
@@ -50,6 +51,11 @@ class Codec:
     min_cols: ClassVar[int] = 32
     min_elements: ClassVar[int] = 4096
     projects: ClassVar[bool] = False
+
+    _signed: bool | None = None  # the slot's, once `for_slot` was called
+
+    def __post_init__(self) -> None:
+        """Check the options; every subclass that has some calls its parent's."""
 
     def fits(self, view: tuple[int, ...]) -> bool:
         """Whether a parameter of this global view is stored in this format (else fp32)."""
@@ -60,7 +66,12 @@ class Codec:
 
     def for_slot(self, signed: bool) -> "Codec":
         """This codec with the options that depend on the kind of slot settled (rounding, table)."""
-        return self
+        return replace(self, _signed=signed)
+
+    @property
+    def slot_signed(self) -> bool:
+        """Whether the slot can be negative; where `for_slot` was not called, whether the codec can."""
+        return self.signed if self._signed is None else self._signed
 
     @property
     def noisy(self) -> bool:
@@ -75,6 +86,11 @@ class Codec:
         """The stored value: fp32, local view shape. Codes come in the local view's shape."""
         raise NotImplementedError
 
+    def read(self, parts: Parts, geo: Geometry) -> Asking:
+        """Generator; `decode` for whoever can ask: some formats are read only with what all ranks hold."""
+        return self.decode(parts, geo)
+        yield  # a generator like those that ask
+
     def encode(self, x: Any, geo: Geometry, noise: Noise) -> Asking:
         """Generator; returns the Parts of x, the second result of `recur` (fp32, local view shape)."""
         raise NotImplementedError
@@ -84,14 +100,41 @@ class Codec:
 
         floor: the smallest mean that a projecting codec divides by; without meaning for the others.
         """
-        fresh = self.decode(parts, geo) * decay  # never in place: decode may return the stored tensor itself
+        stored = yield from self.read(parts, geo)
+        fresh = stored * decay  # never in place: decode may return the stored tensor itself
         fresh += x
         return fresh, fresh
-        yield  # a generator like those that ask
 
     def describe(self) -> str:
         """Name and options that are not the defaults: `int8(block=128)`; parsed back by `shardopt.codecs.codec`."""
-        options = ", ".join(
-            f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default
-        )
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        options = ", ".join(f"{name}={value!r}" for name, value in given.items() if not name.startswith("_"))
         return f"{self.name}({options})" if options else self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounded(Codec):
+    """A codec that can round stochastically.
+
+    rounding: "nearest", "stochastic" or "auto": nearest in signed slots, stochastic in non-negative ones. Their
+    decay is near 1, so that one step changes a value by less than half a code, and nearest would keep it for ever.
+    """
+
+    rounding: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rounding not in ("auto", "nearest", "stochastic"):
+            raise ValueError(
+                f"{self.name} got rounding={self.rounding!r}, but can round 'nearest', 'stochastic' or 'auto' (nearest "
+                "in signed slots, stochastic in non-negative ones). Choose one of the three."
+            )
+
+    @property
+    def stochastic(self) -> bool:
+        """Which of the two it is."""
+        return self.rounding == "stochastic" or (self.rounding == "auto" and not self.slot_signed)
+
+    @property
+    def noisy(self) -> bool:
+        return self.stochastic

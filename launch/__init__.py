@@ -1,0 +1,1 @@
+"""Recipes around shardopt: a pretraining job for torchrun, a quickstart, and the scripts that start them."""

@@ -1,0 +1,152 @@
+"""8-bit codes of x relative to its block's largest magnitude: int8, sqrt8, root4, fp8."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from shardopt.asks import Asking
+from shardopt.codecs.base import Codec, Noise, Part, Parts, Rounded
+from shardopt.codecs.blocks import Blocks, check_block, scale_part
+from shardopt.codecs.geometry import Geometry
+from shardopt.codecs.rounding import LEAST, dither, keep_positive, round_nearest, round_stochastic, uniform
+
+TOLERANCE = 1e-6  # relative error of a code that was decoded and divided by its scale again: at most 4e-7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Absmax(Codec):
+    """A code of x / scale, scale = max|x| / divisor, one float32 a block.
+
+    A subclass says what a code is: `quantise` (x / scale to codes) and its inverse `values`. scale is 0 exactly where
+    the block is, is NaN where the block holds one, and has no floor: the codes do not depend on the gradient's scale.
+    """
+
+    dtype: ClassVar[torch.dtype] = torch.uint8
+    divisor: ClassVar[float] = 1.0
+
+    block: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_block(self.name, self.block)
+
+    @property
+    def zero(self) -> int:
+        """What the stored codes of a new slot are filled with: the code of 0."""
+        return 0
+
+    def parts(self, view: tuple[int, ...]) -> tuple[Part, ...]:
+        codes = Part(self.name, self.dtype, fill=self.zero)
+        return (codes, scale_part(f"{self.name}_scale", view, self.block))
+
+    def decode(self, parts: Parts, geo: Geometry) -> Tensor:
+        values = self.values(parts[self.name], geo)
+        y = values * Blocks(geo, self.block).spread(parts[f"{self.name}_scale"])
+        return y if self.slot_signed else keep_positive(y, values, LEAST)
+
+    def encode(self, x: Tensor, geo: Geometry, noise: Noise) -> Asking:
+        blocks = Blocks(geo, self.block)
+        largest = yield from blocks.largest(x.abs())
+        scale = torch.where(largest > 0, (largest / self.divisor).clamp_min(LEAST), largest)
+        ratio = x / blocks.spread(torch.where(scale == 0, 1, scale))
+        return {self.name: self.quantise(ratio, x, geo, noise), f"{self.name}_scale": scale}
+
+    def quantise(self, ratio: Tensor, x: Tensor, geo: Geometry, noise: Noise) -> Tensor:
+        """Codes of ratio = x / scale, |ratio| <= divisor up to rounding; NaN may get any code."""
+        raise NotImplementedError
+
+    def values(self, codes: Tensor, geo: Geometry) -> Tensor:
+        """float32 multiples of the scale."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8(Absmax):
+    """a = max|x|; s = a / 127; q = clamp(rint(x / s), -127, 127); decode q s.
+
+    1 + 4/B bytes a parameter; absolute error at most a / 254: small elements of a block lose all their bits, hence
+    blocks of 256 (Dettmers et al., arXiv:2110.02861, with a uniform table).
+    """
+
+    name: ClassVar[str] = "int8"
+    non_negative: ClassVar[bool] = False
+    dtype: ClassVar[torch.dtype] = torch.int8
+    divisor: ClassVar[float] = 127.0
+
+    def quantise(self, ratio: Tensor, x: Tensor, geo: Geometry, noise: Noise) -> Tensor:
+        return to_codes(ratio.round().clamp(-127, 127), self.dtype)
+
+    def values(self, codes: Tensor, geo: Geometry) -> Tensor:
+        return codes.to(torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sqrt8(Absmax):
+    """a = max|x|; q = clamp(rint(127 sign(x) sqrt(|x| / a)), -127, 127); decode a sign(q) (q / 127)^2.
+
+    1 + 4/B bytes a parameter; absolute error about sqrt(|x| a) / 127: small elements keep more than in int8, large
+    ones less. The smallest magnitude is a / 16129.
+    """
+
+    name: ClassVar[str] = "sqrt8"
+    non_negative: ClassVar[bool] = False
+    dtype: ClassVar[torch.dtype] = torch.int8
+
+    def quantise(self, ratio: Tensor, x: Tensor, geo: Geometry, noise: Noise) -> Tensor:
+        return to_codes((127 * ratio.abs().sqrt()).copysign(ratio).round().clamp(-127, 127), self.dtype)
+
+    def values(self, codes: Tensor, geo: Geometry) -> Tensor:
+        t = codes.to(torch.float32) / 127
+        return t * t.abs()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Root4(Rounded, Absmax):
+    """a = max x; t = 255 (x / a)^(1/4); q = 0 where x = 0, else clamp(floor(t + U), 1, 255); decode a (q / 255)^4.
+
+    1 + 4/B bytes a parameter; for second moments: relative error about 4 / t, and t = 255 ... 1 spans 32 octaves.
+    The fourth root of v is the square root of the step's denominator. rounding="nearest" is rint(t), for parity only.
+    """
+
+    name: ClassVar[str] = "root4"
+    signed: ClassVar[bool] = False
+
+    def quantise(self, ratio: Tensor, x: Tensor, geo: Geometry, noise: Noise) -> Tensor:
+        t = 255 * ratio.sqrt().sqrt()
+        t = dither(t, uniform(noise()), t * TOLERANCE) if self.stochastic else t.round()
+        return to_codes(torch.where(x > 0, t.clamp(1, 255), t), self.dtype)
+
+    def values(self, codes: Tensor, geo: Geometry) -> Tensor:
+        t = codes.to(torch.float32) / 255
+        t = t * t
+        return t * t
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8(Rounded, Absmax):
+    """a = max|x|; s = a / 448; code = x / s in E4M3; decode code s.
+
+    1 + 4/B bytes a parameter; relative error at most 2^-4 down to a 2^-15, absolute steps of a 2^-18 below that
+    (Micikevicius et al., arXiv:2209.05433). Positive values of a non-negative slot keep at least the smallest code.
+    """
+
+    name: ClassVar[str] = "fp8"
+    dtype: ClassVar[torch.dtype] = torch.float8_e4m3fn
+    divisor: ClassVar[float] = 448.0
+
+    def quantise(self, ratio: Tensor, x: Tensor, geo: Geometry, noise: Noise) -> Tensor:
+        if not self.slot_signed:
+            ratio = keep_positive(ratio, x, 2.0**-9)
+        if self.stochastic:
+            return round_stochastic(ratio, self.dtype, noise(), TOLERANCE)
+        return round_nearest(ratio, self.dtype)
+
+    def values(self, codes: Tensor, geo: Geometry) -> Tensor:
+        return codes.to(torch.float32)
+
+
+def to_codes(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whole numbers as integers. The scale of a NaN is NaN already; its code only must not be undefined."""
+    return t.nan_to_num(0.0).to(dtype)

@@ -1,0 +1,89 @@
+"""Loads a state dict without casting: everything is compared first, then copied into the storage that is there."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from shardopt.state import KEY, STEP
+
+
+def load_groups(groups: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The saved groups' numbers, to be taken over; recipes are compared, never adopted."""
+    if len(groups) != len(saved):
+        raise ValueError(f"the state dict has {len(saved)} param groups, this optimizer {len(groups)}")
+    taken = []
+    for i, (group, other) in enumerate(zip(groups, saved)):
+        if len(group["params"]) != len(other["params"]):
+            raise ValueError(
+                f"param group {i} of the state dict has {len(other['params'])} parameters, here it has "
+                f"{len(group['params'])}"
+            )
+        theirs = other.get("recipe", group["recipe"])
+        if theirs != group["recipe"]:
+            raise ValueError(
+                f"param group {i} was saved with recipe {theirs}, this optimizer has {group['recipe']}. Build it with "
+                "the saved recipe, or use shardopt.load_checkpoint, which transcodes the state"
+            )
+        skipped = ("params", "recipe", "state", "addons", "rounding", "update_from")
+        taken.append({name: value for name, value in other.items() if name not in skipped})
+    return taken
+
+
+def load_states(
+    pairs: Sequence[tuple[Any, Tensor]],
+    saved: Mapping[Any, Mapping[str, Any]],
+    present: Mapping[Tensor, dict[str, Tensor] | None],
+    names: Mapping[Tensor, str],
+) -> dict[Tensor, dict[str, Tensor]]:
+    """Parameter -> its state with the saved contents. `present` is the state made for this recipe and mesh."""
+    if unknown := set(saved) - {key for key, _ in pairs}:
+        raise ValueError(f"the state dict has state for unknown parameters {sorted(map(str, unknown))[:3]}")
+    copies: list[tuple[Tensor, Tensor]] = []
+    contents: dict[Tensor, dict[str, Tensor]] = {}
+    for key, p in pairs:
+        want = present[p]
+        if want is None:
+            raise ValueError(f"{names[p]} is on the meta device; load after to_empty")
+        if key not in saved:
+            continue  # torch's optimizers hold no state of a parameter that never had a gradient
+        have = dict(saved[key])
+        if STEP not in have:  # torch's SGD and friends count no steps
+            have[STEP] = torch.ones(())
+        if set(have) - {KEY} != set(want) - {KEY}:
+            raise ValueError(
+                f"{names[p]}: the state dict has {sorted(have)}, this optimizer stores {sorted(want)}. Build it with "
+                "the saved recipe, or use shardopt.load_checkpoint, which transcodes the state"
+            )
+        for name, target in want.items():
+            if name in have:
+                copies.append((target, checked(f"{names[p]}: {name}", target, have[name])))
+        contents[p] = want
+    for target, source in copies:
+        if isinstance(target, DTensor):
+            target._local_tensor.copy_(source)
+        else:
+            target.copy_(source)
+    return contents
+
+
+def checked(what: str, target: Tensor, source: Any) -> Tensor:
+    """The local content for `target`, after its shape, dtype and sharding were compared."""
+    if target.ndim == 0:
+        return source.detach() if isinstance(source, Tensor) else torch.tensor(source)
+    if tuple(source.shape) != tuple(target.shape) or source.dtype != target.dtype:
+        raise ValueError(
+            f"{what} is {source.dtype} {tuple(source.shape)} in the state dict, here {target.dtype} {tuple(target.shape)}"
+        )
+    if isinstance(source, DTensor) != isinstance(target, DTensor):
+        raise ValueError(
+            f"{what} is a {type(source).__name__} in the state dict, here a {type(target).__name__}. Load through "
+            "torch.distributed.checkpoint.state_dict, which redistributes, or shardopt.load_checkpoint"
+        )
+    if isinstance(source, DTensor) and isinstance(target, DTensor):
+        if source.placements != target.placements or source._local_tensor.shape != target._local_tensor.shape:
+            source = source.redistribute(target.device_mesh, target.placements)
+        return source._local_tensor.detach()
+    return source.detach()

@@ -1,0 +1,209 @@
+"""Drives the rules: buckets in lock step, what they ask answered together, everything written once it is certain."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from shardopt.asks import EVERYWHERE, Asking, Sum, as_tuple, is_group
+from shardopt.codecs import Codec
+from shardopt.codecs.noise import PARAMETER_STREAM
+from shardopt.recipe import Recipe
+from shardopt.rules import Hyper
+from shardopt.state import STEP, Slots, noise_of
+
+BUCKET_ELEMENTS = 1 << 26  # local elements of one bucket, by global facts: bounds what is alive in lock step
+ALIVE = 3  # buckets under way at once: one computes while the rounds of the others travel
+
+
+@dataclass
+class Item:
+    """One parameter in one step. grad, p: local tensors of the parameter's shape; state: name -> local tensor."""
+
+    p: Tensor
+    grad: Tensor
+    layout: Any
+    recipe: Recipe
+    codecs: dict[str, Codec]
+    state: dict[str, Tensor]
+    group: dict[str, Any]
+
+
+class Policy(NamedTuple):
+    """What a step does with gradients. nonfinite: "propagate", "zero" or "skip"; grad_scale, found_inf: GradScaler's."""
+
+    nonfinite: str = "propagate"
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+def run(items: Sequence[Item], answers: Any, policy: Policy) -> Tensor | None:
+    """One step of all items. Returns None, or a 0-d bool: whether the step was taken (not skipped)."""
+    totals, taken = before(items, answers, policy)
+    if taken is not None and taken.device.type == "cpu" and not taken:
+        return taken
+    alive: list[Iterator[None]] = []
+    for bucket in buckets(items):
+        steps = [step_of(item, policy, totals, taken) for item in bucket]
+        alive.append(drive(steps, [item.layout for item in bucket], answers))
+        if len(alive) == ALIVE:
+            alive = advance(alive)
+    while alive:
+        alive = advance(alive)
+    return taken
+
+
+def advance(alive: list[Iterator[None]]) -> list[Iterator[None]]:
+    """One round of every bucket under way, in order; the first is then driven to its end, so that a place is free."""
+    going = [bucket for bucket in alive if next(bucket, STOPPED) is None]
+    if len(going) == ALIVE:
+        for _ in going.pop(0):
+            pass
+    return going
+
+
+STOPPED = object()
+
+
+def drive(steps: Sequence[Asking], layouts: Sequence[Any], answers: Any) -> Iterator[None]:
+    """Run the generators of one bucket to their ends in lock step; yields while a round is on its way."""
+    replies: dict[int, Any] = dict.fromkeys(range(len(steps)))
+    while True:
+        asked: dict[int, Any] = {}
+        for i, reply in replies.items():
+            try:
+                asked[i] = steps[i].send(reply)
+            except StopIteration:
+                continue
+        replies.clear()
+        if not asked:
+            return
+        flat = [(layouts[i], ask) for i, group in asked.items() for ask in as_tuple(group)]
+        shape = {i: (is_group(group), len(as_tuple(group))) for i, group in asked.items()}
+        under_way = answers.start(flat)
+        del asked, flat
+        yield
+        results = iter(under_way.finish())
+        for i, (grouped, count) in shape.items():
+            got = tuple(next(results) for _ in range(count))
+            replies[i] = got if grouped else got[0]
+
+
+def buckets(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """Cut in registration order from GLOBAL facts: one mesh, one set of sharding axes, a bounded size."""
+    bucket: list[Item] = []
+    place: Any = None
+    elements = 0
+    for item in items:
+        layout = item.layout
+        here = (id(layout.mesh), layout.sharding)
+        share = layout.numel // max(1, layout.ranks)
+        if bucket and (here != place or elements + share > BUCKET_ELEMENTS):
+            yield bucket
+            bucket, elements = [], 0
+        place, elements = here, elements + share
+        bucket.append(item)
+    if bucket:
+        yield bucket
+
+
+def before(items: Sequence[Item], answers: Any, policy: Policy) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The one reduction in front of all rules: (totals by add-on name, whether the step is taken or None).
+
+    A total is the sum over the parameters whose recipe has the add-on.
+    """
+    asks: list[tuple[Any, Any]] = []
+    names: list[str | None] = []
+    for item in items:
+        gradient: Tensor | None = None
+        for addon in item.recipe.addons:
+            if addon.before_round:
+                gradient = prepared(item, policy) if gradient is None else gradient
+                asks.append((item.layout, addon.before(gradient)))
+                names.append(addon.name)
+        if policy.nonfinite == "skip":
+            bad = (~torch.isfinite(item.grad)).sum().double()
+            asks.append((item.layout, Sum(bad, over=EVERYWHERE)))
+            names.append(None)
+    taken: Tensor | None = None if policy.found_inf is None else policy.found_inf.reshape(()) == 0
+    totals: dict[str, Tensor] = {}
+    if not asks:
+        return totals, taken
+    for name, value in zip(names, answers.start(asks).finish()):
+        if name is None:
+            good = value == 0
+            taken = good if taken is None else taken.to(good.device) & good
+        else:
+            totals[name] = totals[name] + value.to(totals[name].device) if name in totals else value
+    return totals, taken
+
+
+def prepared(item: Item, policy: Policy) -> Tensor:
+    """The gradient as the rule sees it: fp32, local view, unscaled, finite where asked, its sign turned to maximize."""
+    g = item.layout.view(item.grad).float()
+    if policy.grad_scale is not None:
+        g = g / policy.grad_scale.to(g.device)
+    if policy.nonfinite == "zero":
+        g = torch.where(torch.isfinite(g), g, 0.0)
+    return -g if item.group.get("maximize") else g
+
+
+def step_of(item: Item, policy: Policy, totals: dict[str, Tensor], taken: Tensor | None) -> Asking:
+    """The whole step of one parameter as a generator: add-ons and rule, then encode, then write."""
+    layout, recipe, geo = item.layout, item.recipe, item.layout.geo
+    t = item.state[STEP].double() + 1
+    noise = noise_of(item.state, t, geo)
+    slots = Slots(item.codecs, lambda name: viewed(item, name), geo, noise, recipe.update_from == "stored")
+    device = item.p.device
+    h = Hyper(
+        item.group,
+        t=t,
+        shape=geo.view,
+        dtype=item.p.dtype,
+        totals={name: value.to(device) for name, value in totals.items()},
+    )
+    p = layout.view(item.p).float()
+    delta = yield from delta_of(p, prepared(item, policy), slots, h, recipe)
+    new = yield from recipe.write.apply(p, delta, slots, item.p.dtype, lambda: noise(PARAMETER_STREAM))
+    del p, delta
+    written = yield from slots.encode()
+    commit([(item.p, new.view(item.p.shape)), *written, (item.state[STEP], t)], taken)
+
+
+def delta_of(p: Tensor, g: Tensor, s: Slots, h: Hyper, recipe: Recipe) -> Asking:
+    """What is subtracted from p: step u and every decay term, added in fp32."""
+    for addon in recipe.stage("gradient"):
+        g = yield from addon.gradient(p, g, s, h)
+    u, step, *decay_step = yield from recipe.rule.update(p, g, s, h)
+    for addon in recipe.stage("direction"):
+        u = yield from addon.direction(p, g, u, s, h)
+    delta = u * step
+    for addon in recipe.stage("decay"):
+        term = yield from addon.decay(p, u, s, h)
+        if term is not None:
+            delta = delta.add_(term.mul_(decay_step[0] if decay_step else h.lr))
+    return delta
+
+
+def viewed(item: Item, name: str) -> Tensor:
+    """A stored part, the local tensor; codes of the parameter's own shape in the view's."""
+    local = item.state[name]
+    return item.layout.view(local) if tuple(local.shape) == item.layout.local_shape else local
+
+
+def commit(changes: Sequence[tuple[Tensor, Tensor]], taken: Tensor | None) -> None:
+    """Write all of one parameter; on an accelerator masked by the flag, which nobody reads."""
+    for target, content in changes:
+        content = content.to(target.dtype)
+        if taken is not None and target.device.type != "cpu":
+            content = torch.where(taken.to(target.device), content, target)
+        target.copy_(content)
+
+
+
+def nonzero_gradients(items: Sequence[Item], answers: Any) -> int:
+    """How many gradient elements of all ranks are not exactly zero (NaN counts), on the host."""
+    asks = [(item.layout, Sum((item.grad != 0).sum().double(), over=EVERYWHERE)) for item in items]
+    return int(sum(float(value) for value in answers.start(asks).finish()))

@@ -1,0 +1,240 @@
+"""ShardedOptimizer: torch.optim.Optimizer's interface over recipes, layouts and the engine."""
+
+import warnings
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardopt import engine
+from shardopt.codecs.noise import parameter_key
+from shardopt.dtensor import lazy
+from shardopt.dtensor.answer import Answers
+from shardopt.dtensor.gradient import local_gradient
+from shardopt.dtensor.layout import Layout, checked_layout, local_of
+from shardopt.dtensor.loading import load_groups, load_states
+from shardopt.recipe import Recipe
+from shardopt.state import STEP, make_state
+
+NONFINITE = ("propagate", "zero", "skip")
+NO_KERNELS = "there are no native kernels in this version: use fused=None or fused=False, which run the reference"
+RECIPE_KEYS = ("state", "addons", "rounding", "update_from")
+
+
+class ShardedOptimizer(torch.optim.Optimizer):
+    """An optimizer whose step is a function of the global parameter, gradient and state, never of the mesh.
+
+    params: tensors, (name, tensor) pairs or param groups, as for every torch optimizer. A group may hold a `recipe`
+    of its own, or `state`, `addons`, `rounding`, `update_from` that replace parts of the optimizer's.
+    recipe: what groups without their own do. fused: None or False run the reference; True raises while there are
+    no kernels. nonfinite: "propagate" (as torch), "zero" (a non-finite element counts as zero) or "skip" (the whole
+    step, on every rank alike, from a reduced flag; counted in `skipped_steps`). seed: of stochastic rounding.
+    Further keywords are defaults of the param groups: lr, weight_decay, maximize, ...
+
+    State appears complete on the first look at `state`, `state_dict()` or `step()`, never on meta. Raises ValueError
+    for bad arguments, placements, gradients and checkpoints, before anything is written.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf; no host sync
+
+    def __init__(
+        self,
+        params: Any,
+        recipe: Recipe | None = None,
+        *,
+        fused: bool | None = None,
+        nonfinite: str = "propagate",
+        seed: int = 0,
+        **defaults: Any,
+    ) -> None:
+        if nonfinite not in NONFINITE:
+            raise ValueError(f"nonfinite is {nonfinite!r}; it must be one of {', '.join(NONFINITE)}")
+        if fused:
+            raise ValueError(NO_KERNELS)
+        self.recipe, self.recipes = recipe, []
+        self.nonfinite, self.seed, self.fused = nonfinite, int(seed), fused
+        self.calls = 0
+        self.answers = Answers()
+        self._skipped: Tensor | None = None
+        self._layouts: dict[Tensor, tuple[Any, Layout]] = {}
+        self._given = defaults
+        super().__init__(params, {**(recipe.defaults() if recipe else {}), **defaults})
+        self._adopt(self.state)
+
+    # --- param groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's. The group keeps every key it came with; its recipe's key string is added as `recipe`."""
+        own = param_group.get("recipe")
+        recipe = self.recipe if own is None or (self.recipe and own == self.recipe.key()) else own
+        if not isinstance(recipe, Recipe):
+            raise ValueError(f"a param group needs a recipe (of its own or the optimizer's); got {recipe!r}")
+        changes = {name: param_group[name] for name in RECIPE_KEYS if name in param_group}
+        if changes:
+            spec = {"state": dict(recipe.state), "addons": recipe.addons, "rounding": recipe.rounding}
+            recipe = Recipe(recipe.rule, **{**spec, "update_from": recipe.update_from, **changes})
+        for name, value in self._numbers(recipe).items():
+            param_group.setdefault(name, value)
+        recipe = recipe.with_numbers(param_group)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name in changes:
+            if not isinstance(group[name], (str, int, float)):
+                group[name] = str(recipe.describe()[name])
+        group["recipe"] = recipe.key()
+        self.recipes.append(recipe)
+        for name, p in self.named_parameters():
+            if p.is_complex() or not p.is_floating_point():
+                raise ValueError(f"{name} is {p.dtype}; only real floating-point parameters can be optimized")
+
+    def _numbers(self, recipe: Recipe) -> dict[str, Any]:
+        """A group's defaults: what its recipe chose, else what the user gave to the optimizer, else the rule's own."""
+        if recipe.rule is (self.recipe.rule if self.recipe else None):
+            return {**recipe.defaults(), **self.defaults}
+        usual = type(recipe.rule)().defaults()
+        chosen = {name: value for name, value in recipe.defaults().items() if value != usual.get(name)}
+        return {**recipe.defaults(), **self._given, **chosen}
+
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]:
+        """(name, parameter) over all groups: the names given, or `param_groups[i].params[j]`."""
+        for i, group in enumerate(self.param_groups):
+            names = group.get("param_names")
+            for j, p in enumerate(group["params"]):
+                yield (names[j] if names else f"param_groups[{i}].params[{j}]"), p
+
+    def parameters(self) -> Iterable[tuple[Recipe, dict[str, Any], Tensor]]:
+        """(recipe, group, parameter) in registration order."""
+        for recipe, group in zip(self.recipes, self.param_groups):
+            for p in group["params"]:
+                yield recipe, group, p
+
+    # --- state
+
+    def layout(self, p: Tensor) -> Layout:
+        """Where p lies now; read again whenever its device, mesh or placements changed."""
+        place = lazy.place_of(p)
+        known = self._layouts.get(p)
+        if known is None or known[0] != place:
+            known = (place, checked_layout(p))
+            self._layouts[p] = known
+        return known[1]
+
+    def make_states(self) -> None:
+        """Fill `state` for every parameter that has none, all or nothing; does nothing while any is on meta."""
+        every = list(self.parameters())
+        if any(lazy.is_meta(p) for *_, p in every):
+            return
+        present = dict(dict.items(self.state))
+        fresh: dict[Tensor, dict[str, Tensor]] = {}
+        for position, (recipe, _, p) in enumerate(every):
+            if p in present and not (self.calls == 0 and self._moved(p, present[p])):
+                continue
+            if not (p.requires_grad or p.grad is not None):
+                continue  # frozen: its state comes with its thawing
+            layout = self.layout(p)
+            key = parameter_key(self.seed, position) if recipe.noisy(layout.geo.view, p.dtype) else None
+            fresh[p] = make_state(recipe.codecs(layout.geo.view, p.dtype), layout, lazy.local_device(p), key)
+        for p, state in fresh.items():
+            dict.__setitem__(self.state, p, state)
+
+    def _moved(self, p: Tensor, state: dict[str, Any]) -> bool:
+        """Whether fresh state was made for another device or mesh than its parameter's now."""
+        if not state or any(float(s) != 0 for name, s in state.items() if name == STEP):
+            return False
+        known = self._layouts.get(p)
+        return known is None or known[0] != lazy.place_of(p)
+
+    def _adopt(self, state: dict[Any, Any]) -> None:
+        wrapped = lazy.LazyState(state.plain() if isinstance(state, lazy.LazyState) else state)
+        wrapped.fill = self.make_states
+        self.state = wrapped
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {name: self.__dict__[name] for name in ("recipe", "recipes", "nonfinite", "seed", "fused", "calls", "_given")}
+        return {**super().__getstate__(), **kept, "state": self.state.plain(), "_skipped": self._skipped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("answers", Answers())
+        self._layouts = {}
+        self._adopt(self.state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but nothing is cast: every stored tensor keeps dtype and value, bit by bit.
+
+        ValueError, before anything is changed, where the recipe, a slot, a shape or a dtype differs.
+        """
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        groups = load_groups(self.param_groups, deepcopy(state_dict["param_groups"]))
+        saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        pairs = list(zip(saved_ids, (p for *_, p in self.parameters()), strict=True))
+        self.make_states()
+        wanted = {p: dict.get(self.state, p) for _, p in pairs}
+        contents = load_states(pairs, state_dict["state"], wanted, dict((p, n) for n, p in self.named_parameters()))
+        for p, new in contents.items():
+            dict.__setitem__(self.state, p, new)
+        for group, new in zip(self.param_groups, groups):
+            group.update(new)
+        self.calls = max(self.calls, 1)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    # --- the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step over all parameters that have a gradient; returns what the closure returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.make_states()
+        items = self.items()
+        if self.calls == 0:
+            self._first_look(items)
+            if self._is_initialisation(items):
+                return loss
+        self.calls += 1
+        policy = engine.Policy(self.nonfinite, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        taken = engine.run(items, self.answers, policy)
+        if taken is not None:
+            missed = (~taken).to(torch.int64)
+            self._skipped = missed if self._skipped is None else self._skipped.to(missed.device) + missed
+        return loss
+
+    def items(self) -> list[engine.Item]:
+        """What the engine needs of every parameter with a gradient; checks all of them before any is touched."""
+        items = []
+        named = dict((p, name) for name, p in self.named_parameters())
+        for recipe, group, p in self.parameters():
+            if p.grad is None:
+                continue
+            layout = self.layout(p)
+            grad = local_gradient(named[p], p, layout)
+            state = {name: local_of(s) for name, s in dict.__getitem__(self.state, p).items()}
+            codecs = recipe.codecs(layout.geo.view, p.dtype)
+            items.append(engine.Item(local_of(p), grad, layout, recipe, codecs, state, group))
+        return items
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped so far, by nonfinite="skip" or GradScaler. Reading it waits for the device."""
+        return 0 if self._skipped is None else int(self._skipped)
+
+    def _first_look(self, items: list[engine.Item]) -> None:
+        if not items and (warning := lazy.check_not_stale(self.named_parameters())):
+            warnings.warn(warning, stacklevel=4)
+
+    def _is_initialisation(self, items: list[engine.Item]) -> bool:
+        """DCP's and torchtitan's first step, with lr 0 and zero gradients, only wants state to exist: it does."""
+        rates = [group.get("lr") for group in self.param_groups]
+        if not items or any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates):
+            return False
+        if any(lr is None or float(lr) != 0 for lr in rates):
+            return False
+        return engine.nonzero_gradients(items, self.answers) == 0

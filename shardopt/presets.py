@@ -1,0 +1,228 @@
+"""Familiar names and signatures over recipes: changing the import is enough."""
+
+from typing import Any
+
+from shardopt import rules
+from shardopt.addons import CautiousDecay, CoupledDecay, WeightDecay
+from shardopt.optimizer import ShardedOptimizer
+from shardopt.recipe import Recipe, addon_of
+
+SHARED = """
+    state: how states are stored: "fp32", "bf16", "int8", "int4", "factored", a codec, or a mapping from slot names to
+    codecs. addons: what else is done, objects or names. rounding: how low-precision parameters are written,
+    "nearest", "stochastic" or "kahan". update_from: "fresh" or "stored" (see Recipe). fused, nonfinite, seed: see
+    ShardedOptimizer. foreach, capturable and differentiable=False are accepted and change nothing.
+"""
+
+
+def recipe_of(rule: rules.Rule, state: Any, addons: Any, rounding: str, update_from: str, decay: Any) -> Recipe:
+    """The recipe of a preset: its usual decay unless the user chose one."""
+    chosen = [addon_of(addon) for addon in addons]
+    if not any(isinstance(addon, (WeightDecay, CautiousDecay, CoupledDecay)) for addon in chosen):
+        chosen.append(decay)
+    return Recipe(rule, state, tuple(chosen), rounding, update_from)
+
+
+class Preset(ShardedOptimizer):
+    """Base of the named optimizers: a rule, its usual decay, and the options that all share."""
+
+    def __init__(
+        self,
+        params: Any,
+        rule: rules.Rule,
+        decay: Any,
+        weight_decay: Any,
+        *,
+        state: Any,
+        addons: Any = (),
+        rounding: str = "nearest",
+        update_from: str = "fresh",
+        fused: bool | None = None,
+        nonfinite: str = "propagate",
+        seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        if differentiable:
+            raise ValueError("differentiable=True is not supported: the step is not recorded by autograd")
+        if not hasattr(weight_decay, "device") and weight_decay < 0:
+            raise ValueError(f"weight_decay is {weight_decay}; it must be at least 0")
+        recipe = recipe_of(rule, state, addons, rounding, update_from, decay)
+        super().__init__(
+            params,
+            recipe,
+            fused=fused,
+            nonfinite=nonfinite,
+            seed=seed,
+            weight_decay=weight_decay,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+        )
+
+
+def refuse_amsgrad(amsgrad: bool) -> None:
+    if amsgrad:
+        raise ValueError("amsgrad=True is not supported; use amsgrad=False (ADOPT is the sound form of its aim)")
+
+
+class AdamW(Preset):
+    """torch.optim.AdamW's signature and defaults; int8 state unless told otherwise. Rule: `rules.AdamW`."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        betas: Any = (0.9, 0.999),
+        eps: Any = 1e-8,
+        weight_decay: Any = 1e-2,
+        amsgrad: bool = False,
+        *,
+        state: Any = "int8",
+        bias_correction: bool = True,
+        atan2: bool = False,
+        nesterov: bool = False,
+        **options: Any,
+    ) -> None:
+        refuse_amsgrad(amsgrad)
+        rule = rules.AdamW(
+            lr=lr, betas=betas, eps=eps, bias_correction=bias_correction, atan2=atan2, nesterov=nesterov
+        )
+        super().__init__(params, rule, WeightDecay(), weight_decay, state=state, **options)
+
+
+class Adam(Preset):
+    """torch.optim.Adam: AdamW's rule with the coupled L2 penalty."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        betas: Any = (0.9, 0.999),
+        eps: Any = 1e-8,
+        weight_decay: Any = 0.0,
+        amsgrad: bool = False,
+        *,
+        state: Any = "int8",
+        bias_correction: bool = True,
+        atan2: bool = False,
+        nesterov: bool = False,
+        **options: Any,
+    ) -> None:
+        refuse_amsgrad(amsgrad)
+        rule = rules.AdamW(
+            lr=lr, betas=betas, eps=eps, bias_correction=bias_correction, atan2=atan2, nesterov=nesterov
+        )
+        super().__init__(params, rule, CoupledDecay(), weight_decay, state=state, **options)
+
+
+class Lion(Preset):
+    """Lion with decoupled decay (arXiv 2302.06675). Rule: `rules.Lion`."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-4,
+        betas: Any = (0.9, 0.99),
+        weight_decay: Any = 0.0,
+        *,
+        state: Any = "int8",
+        **options: Any,
+    ) -> None:
+        super().__init__(params, rules.Lion(lr=lr, betas=betas), WeightDecay(), weight_decay, state=state, **options)
+
+
+class SGD(Preset):
+    """torch.optim.SGD's signature and defaults, its coupled L2 included. Rule: `rules.SGD`."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        momentum: Any = 0.0,
+        dampening: Any = 0.0,
+        weight_decay: Any = 0.0,
+        nesterov: bool = False,
+        *,
+        state: Any = "int8",
+        **options: Any,
+    ) -> None:
+        rule = rules.SGD(lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov)
+        super().__init__(params, rule, CoupledDecay(), weight_decay, state=state, **options)
+
+
+class RMSprop(Preset):
+    """torch.optim.RMSprop's signature and defaults, its coupled L2 included. Rule: `rules.RMSprop`."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-2,
+        alpha: Any = 0.99,
+        eps: Any = 1e-8,
+        weight_decay: Any = 0.0,
+        momentum: Any = 0.0,
+        centered: bool = False,
+        *,
+        state: Any = "int8",
+        bias_correction: bool = False,
+        **options: Any,
+    ) -> None:
+        rule = rules.RMSprop(
+            lr=lr, alpha=alpha, eps=eps, momentum=momentum, centered=centered, bias_correction=bias_correction
+        )
+        super().__init__(params, rule, CoupledDecay(), weight_decay, state=state, **options)
+
+
+class Adafactor(Preset):
+    """torch.optim.Adafactor's signature and defaults, factored state. Rule and further options: `rules.Adafactor`."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-2,
+        beta2_decay: float = -0.8,
+        eps: Any = (None, 1e-3),
+        d: float = 1.0,
+        weight_decay: Any = 0.0,
+        *,
+        beta1: float | None = None,
+        beta2: float | None = None,
+        relative_step: bool = True,
+        scale_parameter: bool = True,
+        momentum: str = "update",
+        bias_correction: bool = False,
+        decay: str = "torch",
+        eps_mode: str = "clamp",
+        state: Any = "factored",
+        **options: Any,
+    ) -> None:
+        rule = rules.Adafactor(
+            lr=lr,
+            beta2_decay=beta2_decay,
+            eps=eps,
+            d=d,
+            beta1=beta1,
+            beta2=beta2,
+            relative_step=relative_step,
+            scale_parameter=scale_parameter,
+            momentum=momentum,
+            bias_correction=bias_correction,
+            decay=decay,
+            eps_mode=eps_mode,
+        )
+        super().__init__(params, rule, WeightDecay(), weight_decay, state=state, **options)
+
+
+PRESETS: dict[str, type[Preset]] = {
+    "adamw": AdamW,
+    "adam": Adam,
+    "lion": Lion,
+    "sgd": SGD,
+    "rmsprop": RMSprop,
+    "adafactor": Adafactor,
+}
+for preset in PRESETS.values():
+    preset.__doc__ = (preset.__doc__ or "") + "\n" + SHARED
