@@ -29,12 +29,12 @@ class Checkpoints:
 
     def restore(self) -> int:
         """Load the latest checkpoint, if there is one; the number of updates done."""
-        found = any(self.path.glob("step_*"))
-        if self.config.resume == "never" and found:
+        # Rank 0 looks for all: what another machine sees of a shared folder may be late.
+        found = [any(self.path.glob("step_*"))]
+        dist.broadcast_object_list(found)
+        if self.config.resume == "never" and found[0]:
             raise ValueError(f"{self.path} holds checkpoints; with --resume never choose another --out or remove them")
-        # All ranks must have looked before the load removes what a crash left.
-        dist.barrier()
-        extra = shardopt.load_checkpoint(self.path, self.model, self.optimizer, step="latest") if found else None
+        extra = shardopt.load_checkpoint(self.path, self.model, self.optimizer, step="latest") if found[0] else None
         if extra is None:
             return 0
         then, now = extra["config"], dataclasses.asdict(self.config)

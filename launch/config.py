@@ -125,7 +125,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         kind = hints[key]
         if kind is float and type(value) is int:
             flat[key] = float(value)
-        elif not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        elif type(value) is not kind and not (key == "state" and isinstance(value, (str, dict))):
             raise ValueError(f"{path}: {key} = {value!r} is not of type {getattr(kind, '__name__', kind)}")
     return flat
 

@@ -112,13 +112,9 @@ def train(
     bar = tqdm(
         total=config.steps, initial=step, disable=not place.first, mininterval=0.5 if sys.stderr.isatty() else 10
     )
-    begin, first, tokens, asked = (
-        time.perf_counter() - log.seconds,
-        step,
-        config.global_batch * config.context,
-        stop.set,
-    )
-    started, state = time.perf_counter(), ""
+    started, first, tokens, state = time.perf_counter(), step, config.global_batch * config.context, ""
+    # Not the flag as it is here: a rank that alone leaves before the first update leaves the others waiting.
+    asked = False
     while step < config.steps and not asked:
         lr = schedule.get_last_lr()[0]
         rows = train_batch(corpus.train, config, step, place.rank, place.world)
@@ -132,7 +128,7 @@ def train(
             line["skipped"] = skipped
         if step == config.steps or (config.eval_every and step % config.eval_every == 0):
             line["val_loss"] = evaluate(model, optimizer, config, corpus, place)
-        log.write(**line, time=round(time.perf_counter() - begin, 3))
+        log.write(**line, time=round(log.seconds + time.perf_counter() - started, 3))
         if config.checkpoint_every and step % config.checkpoint_every == 0:
             checkpoints.save(step)
         state = state or f"{optim.bytes_per_parameter(optimizer):.2f} B/param"

@@ -31,12 +31,16 @@ class Place:
     tp: int
 
     @property
+    def axes(self) -> str:
+        return " x ".join(f"{name} {size}" for name, size in zip(self.mesh.mesh_dim_names or (), self.mesh.shape))
+
+    @property
     def first(self) -> bool:
         return dist.get_rank() == 0
 
 
 def start(config: Config) -> Place:
-    """Join the processes that torchrun started (or be the only one) and lay the mesh over them."""
+    """Join the processes that torchrun started, or be the only one."""
     kind = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
     if kind == "cuda":
@@ -46,6 +50,11 @@ def start(config: Config) -> Place:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return lay(config, device)
+
+
+def lay(config: Config, device: torch.device) -> Place:
+    """The mesh over all ranks; axes of size 1 are left out, but for "shard"."""
     shard, rest = divmod(dist.get_world_size(), config.replicate * config.tp)
     if rest or not shard:
         raise ValueError(
@@ -53,7 +62,7 @@ def start(config: Config) -> Place:
         )
     sizes = {"replicate": config.replicate, "shard": shard, "tp": config.tp}
     axes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
-    mesh = init_device_mesh(kind, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
     return Place(device, mesh, dist.get_rank() // config.tp, config.replicate * shard, config.tp)
 
 

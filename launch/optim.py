@@ -36,13 +36,16 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     ]
 
 
-def find(name: str, what: str) -> Any:
-    """shardopt's `name`, spelled as the user likes: adamw, AdamW, ortho_grad."""
+def find(name: str) -> Any:
+    """shardopt's optimizer `name`, spelled as the user likes: adamw, AdamW, schedule_free."""
     wanted = name.replace("_", "").replace("-", "").lower()
     for public in dir(shardopt):
-        if public.lower() == wanted and callable(getattr(shardopt, public)):
-            return getattr(shardopt, public)
-    raise ValueError(f"shardopt has no {what} {name!r}; see `python -c 'import shardopt; help(shardopt)'`")
+        found = getattr(shardopt, public)
+        if public.lower() == wanted and isinstance(found, type) and issubclass(found, torch.optim.Optimizer):
+            return found
+    every = [x for x in dir(shardopt) if isinstance(getattr(shardopt, x), type)]
+    names = [x for x in every if issubclass(getattr(shardopt, x), torch.optim.Optimizer)]
+    raise ValueError(f"shardopt has no optimizer {name!r}; it has {', '.join(names)}, and torch-adamw is torch's")
 
 
 def build(model: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -55,8 +58,8 @@ def build(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     if config.rounding:
         options["rounding"] = config.rounding
     if config.addons:
-        options["addons"] = [find(name.strip(), "add-on")() for name in config.addons.split(",")]
-    return find(config.optimizer, "optimizer")(groups, state=config.state, nonfinite="skip", **options)
+        options["addons"] = [name.strip() for name in config.addons.split(",")]
+    return find(config.optimizer)(groups, state=config.state, nonfinite="skip", seed=config.seed, **options)
 
 
 def bytes_per_parameter(optimizer: torch.optim.Optimizer) -> float:

@@ -1,6 +1,8 @@
 """FSDP2 pretraining of a small decoder with any optimizer of shardopt: `torchrun --nproc-per-node 2 launch/pretrain.py`
 
-Started again with the same `--out`, it goes on from the latest checkpoint, on any number of ranks.
+Started again with the same `--out`, it goes on from the latest checkpoint, on any number of ranks. SIGTERM or SIGINT to
+any rank makes all of them save after the update under way and exit with 0. (torchrun passes a signal on to its ranks,
+but its own exit code is then 1.)
 """
 
 from __future__ import annotations
@@ -89,7 +91,7 @@ def run(config: Config, stop: StopFlag) -> None:
     optimizer = optim.build(model, config)
     count = sum(p.numel() for p in model.parameters())
     say(place, f"{corpus.name}: {len(corpus.train):,} + {len(corpus.val):,} tokens, hash {corpus.hash}")
-    say(place, f"{count:,} parameters on {dist.get_world_size()} x {place.device.type}, mesh {place.mesh}")
+    say(place, f"{count:,} parameters on {dist.get_world_size()} x {place.device.type}, mesh {place.axes}")
     own = optim.given(optimizer)
     checkpoints = Checkpoints(config, model, optimizer, corpus)
     step = checkpoints.restore()

@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def command(ranks: int, *options: str) -> list[str]:
+    if ranks == 1:  # torchrun would import torch once more
+        return [sys.executable, "-m", "launch.pretrain", *options]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return [*torchrun, "-m", "launch.pretrain", *options]
 

@@ -14,6 +14,7 @@ from shardopt.addons import (
 from shardopt.optimizer import ShardedOptimizer
 from shardopt.presets import SGD, Adafactor, Adam, AdamW, Lion, RMSprop
 from shardopt.recipe import Recipe
+from shardopt.report import StateBytes, state_bytes
 
 __version__ = "0.1.0"
 
@@ -34,5 +35,7 @@ __all__ = [
     "RMSprop",
     "Recipe",
     "ShardedOptimizer",
+    "StateBytes",
     "WeightDecay",
+    "state_bytes",
 ]

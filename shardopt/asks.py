@@ -44,7 +44,7 @@ class Max(NamedTuple):
 
 
 class Total(NamedTuple):
-    """Sum over all parameters of the optimizer of `x`, the 0-d float64 sum of one local shard; only before the rules."""
+    """Sum of `x`, the 0-d float64 sum of one local shard, over all parameters; only before the rules."""
 
     x: Tensor
 

@@ -32,7 +32,7 @@ class Item:
 
 
 class Policy(NamedTuple):
-    """What a step does with gradients. nonfinite: "propagate", "zero" or "skip"; grad_scale, found_inf: GradScaler's."""
+    """What a step does with gradients. nonfinite: see ShardedOptimizer; grad_scale, found_inf: GradScaler's."""
 
     nonfinite: str = "propagate"
     grad_scale: Tensor | None = None
@@ -200,7 +200,6 @@ def commit(changes: Sequence[tuple[Tensor, Tensor]], taken: Tensor | None) -> No
         if taken is not None and target.device.type != "cpu":
             content = torch.where(taken.to(target.device), content, target)
         target.copy_(content)
-
 
 
 def nonzero_gradients(items: Sequence[Item], answers: Any) -> int:

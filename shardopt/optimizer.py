@@ -4,12 +4,13 @@ import warnings
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from shardopt import engine
+from shardopt.codecs import Codec
 from shardopt.codecs.noise import parameter_key
 from shardopt.dtensor import lazy
 from shardopt.dtensor.answer import Answers
@@ -17,11 +18,21 @@ from shardopt.dtensor.gradient import local_gradient
 from shardopt.dtensor.layout import Layout, checked_layout, local_of
 from shardopt.dtensor.loading import load_groups, load_states
 from shardopt.recipe import Recipe
-from shardopt.state import STEP, make_state
+from shardopt.report import explain
+from shardopt.state import make_state
 
 NONFINITE = ("propagate", "zero", "skip")
 NO_KERNELS = "there are no native kernels in this version: use fused=None or fused=False, which run the reference"
 RECIPE_KEYS = ("state", "addons", "rounding", "update_from")
+COMMON = ("lr", "maximize", "foreach", "capturable", "differentiable")  # torch's group keys, whatever the recipe
+
+
+class Plan(NamedTuple):
+    """What is known of a parameter as long as it stays where it is."""
+
+    place: Any
+    layout: Layout
+    codecs: dict[str, Codec]
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -54,15 +65,23 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"nonfinite is {nonfinite!r}; it must be one of {', '.join(NONFINITE)}")
         if fused:
             raise ValueError(NO_KERNELS)
-        self.recipe, self.recipes = recipe, []
+        self.recipe = recipe
+        self.recipes: list[Recipe] = []
         self.nonfinite, self.seed, self.fused = nonfinite, int(seed), fused
         self.calls = 0
         self.answers = Answers()
         self._skipped: Tensor | None = None
-        self._layouts: dict[Tensor, tuple[Any, Layout]] = {}
+        self._plans: dict[Tensor, Plan] = {}
+        self._made_for: dict[Tensor, Any] = {}
         self._given = defaults
         super().__init__(params, {**(recipe.defaults() if recipe else {}), **defaults})
         self._adopt(self.state)
+        read = set(COMMON).union(*(set(recipe.defaults()) for recipe in self.recipes))
+        if unread := sorted(set(defaults) - read):
+            raise ValueError(
+                f"nothing reads {', '.join(unread)}; these recipes read {', '.join(sorted(read - set(COMMON)))} "
+                "(weight_decay needs a decay add-on)"
+            )
 
     # --- param groups
 
@@ -81,14 +100,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
         recipe = recipe.with_numbers(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        for p in group["params"]:
+            if not p.is_floating_point():
+                name = self.name_of(p)
+                self.param_groups.pop()
+                raise ValueError(f"{name} is {p.dtype}; only real floating-point parameters can be optimized")
         for name in changes:
             if not isinstance(group[name], (str, int, float)):
                 group[name] = str(recipe.describe()[name])
         group["recipe"] = recipe.key()
         self.recipes.append(recipe)
-        for name, p in self.named_parameters():
-            if p.is_complex() or not p.is_floating_point():
-                raise ValueError(f"{name} is {p.dtype}; only real floating-point parameters can be optimized")
 
     def _numbers(self, recipe: Recipe) -> dict[str, Any]:
         """A group's defaults: what its recipe chose, else what the user gave to the optimizer, else the rule's own."""
@@ -113,14 +134,19 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     # --- state
 
-    def layout(self, p: Tensor) -> Layout:
-        """Where p lies now; read again whenever its device, mesh or placements changed."""
+    def plan(self, recipe: Recipe, p: Tensor) -> Plan:
+        """Layout and codecs of p; read again whenever its device, dtype, mesh or placements changed."""
         place = lazy.place_of(p)
-        known = self._layouts.get(p)
-        if known is None or known[0] != place:
-            known = (place, checked_layout(p))
-            self._layouts[p] = known
-        return known[1]
+        known = self._plans.get(p)
+        if known is None or known.place != place:
+            layout = checked_layout(p)
+            known = Plan(place, layout, recipe.codecs(layout.geo.view, p.dtype))
+            self._plans[p] = known
+        return known
+
+    def layout(self, p: Tensor) -> Layout:
+        """Where p lies now."""
+        return next(self.plan(recipe, q).layout for recipe, _, q in self.parameters() if q is p)
 
     def make_states(self) -> None:
         """Fill `state` for every parameter that has none, all or nothing; does nothing while any is on meta."""
@@ -130,36 +156,36 @@ class ShardedOptimizer(torch.optim.Optimizer):
         present = dict(dict.items(self.state))
         fresh: dict[Tensor, dict[str, Tensor]] = {}
         for position, (recipe, _, p) in enumerate(every):
-            if p in present and not (self.calls == 0 and self._moved(p, present[p])):
+            if p in present and not (self.calls == 0 and self._moved(p)):
                 continue
             if not (p.requires_grad or p.grad is not None):
                 continue  # frozen: its state comes with its thawing
-            layout = self.layout(p)
-            key = parameter_key(self.seed, position) if recipe.noisy(layout.geo.view, p.dtype) else None
-            fresh[p] = make_state(recipe.codecs(layout.geo.view, p.dtype), layout, lazy.local_device(p), key)
+            plan = self.plan(recipe, p)
+            key = parameter_key(self.seed, position) if recipe.noisy(plan.layout.geo.view, p.dtype) else None
+            fresh[p] = make_state(plan.codecs, plan.layout, lazy.local_device(p), key)
         for p, state in fresh.items():
             dict.__setitem__(self.state, p, state)
+            self._made_for[p] = self._plans[p].place
 
-    def _moved(self, p: Tensor, state: dict[str, Any]) -> bool:
-        """Whether fresh state was made for another device or mesh than its parameter's now."""
-        if not state or any(float(s) != 0 for name, s in state.items() if name == STEP):
-            return False
-        known = self._layouts.get(p)
-        return known is None or known[0] != lazy.place_of(p)
+    def _moved(self, p: Tensor) -> bool:
+        """Whether the state made here was made for another device or mesh than its parameter's now."""
+        return p in self._made_for and self._made_for[p] != lazy.place_of(p)
 
     def _adopt(self, state: dict[Any, Any]) -> None:
         wrapped = lazy.LazyState(state.plain() if isinstance(state, lazy.LazyState) else state)
         wrapped.fill = self.make_states
-        self.state = wrapped
+        self.state: Any = wrapped
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: self.__dict__[name] for name in ("recipe", "recipes", "nonfinite", "seed", "fused", "calls", "_given")}
+        kept = {
+            name: self.__dict__[name] for name in ("recipe", "recipes", "nonfinite", "seed", "fused", "calls", "_given")
+        }
         return {**super().__getstate__(), **kept, "state": self.state.plain(), "_skipped": self._skipped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("answers", Answers())
-        self._layouts = {}
+        self._plans, self._made_for = {}, {}
         self._adopt(self.state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -181,8 +207,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for group, new in zip(self.param_groups, groups):
             group.update(new)
         self.calls = max(self.calls, 1)
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     # --- the step
 
@@ -210,16 +236,21 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def items(self) -> list[engine.Item]:
         """What the engine needs of every parameter with a gradient; checks all of them before any is touched."""
         items = []
-        named = dict((p, name) for name, p in self.named_parameters())
         for recipe, group, p in self.parameters():
             if p.grad is None:
                 continue
-            layout = self.layout(p)
-            grad = local_gradient(named[p], p, layout)
+            _, layout, codecs = self.plan(recipe, p)
+            grad = local_gradient(p, layout, lambda p=p: self.name_of(p))  # type: ignore[misc]
             state = {name: local_of(s) for name, s in dict.__getitem__(self.state, p).items()}
-            codecs = recipe.codecs(layout.geo.view, p.dtype)
             items.append(engine.Item(local_of(p), grad, layout, recipe, codecs, state, group))
         return items
+
+    def name_of(self, p: Tensor) -> str:
+        return next(name for name, q in self.named_parameters() if q is p)
+
+    def explain(self) -> str:
+        """Per group: recipe, what runs it and why, the formats of its parameters; and the communication so far."""
+        return explain(self)
 
     @property
     def skipped_steps(self) -> int:

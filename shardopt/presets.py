@@ -87,9 +87,7 @@ class AdamW(Preset):
         **options: Any,
     ) -> None:
         refuse_amsgrad(amsgrad)
-        rule = rules.AdamW(
-            lr=lr, betas=betas, eps=eps, bias_correction=bias_correction, atan2=atan2, nesterov=nesterov
-        )
+        rule = rules.AdamW(lr=lr, betas=betas, eps=eps, bias_correction=bias_correction, atan2=atan2, nesterov=nesterov)
         super().__init__(params, rule, WeightDecay(), weight_decay, state=state, **options)
 
 
@@ -112,9 +110,7 @@ class Adam(Preset):
         **options: Any,
     ) -> None:
         refuse_amsgrad(amsgrad)
-        rule = rules.AdamW(
-            lr=lr, betas=betas, eps=eps, bias_correction=bias_correction, atan2=atan2, nesterov=nesterov
-        )
+        rule = rules.AdamW(lr=lr, betas=betas, eps=eps, bias_correction=bias_correction, atan2=atan2, nesterov=nesterov)
         super().__init__(params, rule, CoupledDecay(), weight_decay, state=state, **options)
 
 

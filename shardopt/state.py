@@ -1,6 +1,7 @@
 """Slots bound to their parts: how one parameter's state is named, made, read and, once certain, written."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +24,7 @@ def part_name(slot: str, suffix: str) -> str:
 def part_specs(codecs: Mapping[str, Codec], layout: Any) -> dict[str, Any]:
     """name -> Part of everything that a parameter of this layout stores, in order."""
     return {
-        part_name(slot, part.suffix): part
-        for slot, codec in codecs.items()
-        for part in codec.parts(layout.geo.view)
+        part_name(slot, part.suffix): part for slot, codec in codecs.items() for part in codec.parts(layout.geo.view)
     }
 
 
@@ -86,7 +85,7 @@ class Slots:
                 codec,
                 {part.suffix: local(part_name(name, part.suffix)) for part in codec.parts(geo.view)},
                 geo,
-                lambda stream=stream_of(name): noise(stream),  # type: ignore[misc]
+                partial(noise, stream_of(name)),
                 stored,
             )
             for name, codec in codecs.items()

@@ -8,9 +8,9 @@ A block without a positive element has lo = range = 0. Zeros do not enter lo: th
 octaves. The range is at least one octave, so that two codes are never the same float32.
 
 What makes encode(decode(s)) == s: log2 and exp2 are evaluated in float64 (which also makes them independent of an
-element's place in the tensor); hi and lo are multiples of 2^-20, so that the log2 of a decoded extreme finds them
-again; and t counts as a whole number within 2^-19 octaves of one, which is what a float32's logarithm is known to,
-and far below the 1.4e-3 octaves of a step of decay .999.
+element's place in the tensor); hi and lo are rounded to multiples of 2^-20, wider than a float32's logarithm is
+uncertain, so that a decoded extreme finds them again; and t counts as a whole number within 2^-19 octaves of one,
+far below the 1.4e-3 octaves of a step of decay .999.
 """
 
 from dataclasses import dataclass
@@ -27,14 +27,13 @@ from shardopt.codecs.geometry import Geometry
 from shardopt.codecs.packed import pack, packed_part, unpack
 from shardopt.codecs.rounding import LEAST, dither, uniform
 
-GRID = 2.0**20
 TOLERANCE = 2.0**-19  # octaves
 LARGEST = torch.finfo(torch.float32).max
 
 
-def log2(x: Tensor) -> Tensor:
-    """float64, to the nearest multiple of 2^-20."""
-    return (x.to(torch.float64).log2() * GRID).round() / GRID
+def on_grid(log: Tensor) -> Tensor:
+    """Octaves, to the nearest multiple of 2^-20."""
+    return (log * 2.0**20).round() * 2.0**-20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +72,8 @@ class Log8(Rounded):
         if blocks.straddles:
             largest, negated = yield (Max(largest, over=-1), Max(-least, over=-1))
             least = -negated
-        hi = log2(largest)
-        lo = torch.minimum(log2(least).clamp_min(-126), hi - 1).to(torch.float32)
+        hi = on_grid(largest.to(torch.float64).log2())
+        lo = torch.minimum(on_grid(least.to(torch.float64).log2()).clamp_min(-126), hi - 1).to(torch.float32)
         span = (hi - lo).to(torch.float32)
         empty = largest == 0
         lo, span = lo.masked_fill(empty, 0), span.masked_fill(empty, 0)

@@ -79,7 +79,9 @@ def place_of(tensor: Tensor) -> tuple[Any, ...]:
 
 def owned_by_a_module(tensor: Tensor) -> bool:
     """Whether some module still holds this parameter. Slow: asks the garbage collector."""
-    return any(isinstance(owner, dict) and any(v is tensor for v in owner.values()) for owner in gc.get_referrers(tensor))
+    return any(
+        isinstance(owner, dict) and any(v is tensor for v in owner.values()) for owner in gc.get_referrers(tensor)
+    )
 
 
 def check_not_stale(named: Iterable[tuple[str, Tensor]]) -> str | None:

@@ -75,7 +75,8 @@ def checked(what: str, target: Tensor, source: Any) -> Tensor:
         return source.detach() if isinstance(source, Tensor) else torch.tensor(source)
     if tuple(source.shape) != tuple(target.shape) or source.dtype != target.dtype:
         raise ValueError(
-            f"{what} is {source.dtype} {tuple(source.shape)} in the state dict, here {target.dtype} {tuple(target.shape)}"
+            f"{what} is {source.dtype} {tuple(source.shape)} in the state dict, "
+            f"here {target.dtype} {tuple(target.shape)}"
         )
     if isinstance(source, DTensor) != isinstance(target, DTensor):
         raise ValueError(

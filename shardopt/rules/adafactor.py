@@ -79,7 +79,9 @@ class Adafactor(Rule):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
         if self.bias_correction and self.beta2 is None:
-            raise ValueError("bias_correction needs a fixed beta2: t^beta2_decay overwrites the state at t = 1 by itself")
+            raise ValueError(
+                "bias_correction needs a fixed beta2: t^beta2_decay overwrites the state at t = 1 by itself"
+            )
         if self.beta2 is not None and not self.d and not self.bias_correction:
             raise ValueError(
                 f"beta2={self.beta2} with d=0 makes the first step 1/sqrt(1 - beta2) times too long; "

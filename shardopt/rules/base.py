@@ -28,6 +28,9 @@ class Hyper:
         self.__dict__.update(group)
         self.__dict__.update(more)
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"the param group has no {name!r}, which its recipe reads")
+
     def unbias(self, beta: Any) -> Tensor:
         """Bias correction 1 - beta^t of an EMA that began at zero, 0-d float64, from the step on the device."""
         return 1 - beta**self.t

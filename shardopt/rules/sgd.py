@@ -32,9 +32,7 @@ class SGD(Rule):
         check("lr", self.lr, 0.0)
         check("momentum", self.momentum, 0.0)
         if self.nesterov and (not self.momentum or self.dampening):
-            raise ValueError(
-                f"nesterov needs momentum > 0 and dampening 0; got {self.momentum} and {self.dampening}"
-            )
+            raise ValueError(f"nesterov needs momentum > 0 and dampening 0; got {self.momentum} and {self.dampening}")
 
     def structure(self) -> list[str]:
         return ["momentum"] if self.momentum else []

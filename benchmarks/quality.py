@@ -1,0 +1,186 @@
+"""Paired-seed training runs: what a state format, a rounding or a rule costs in validation loss.
+
+A byte-level GPT of 0.4M parameters on the Python standard library's sources, 300 steps; same seed and same data
+order for every contender, so that differences are paired. The embedding and head have their own learning rate.
+
+    python -m benchmarks.quality run --only adamw-fp32 adamw-int8 --seeds 0 1 2
+    python -m benchmarks.quality table
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+import shardopt
+from launch import data
+from launch.config import Config
+from launch.model import Decoder
+from launch.weights import init_weights
+from tests.bad_codecs import LinearUint8
+
+RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
+SMALL = Config(
+    dim=96, layers=3, heads=4, context=96, hidden=256, global_batch=16, steps=300, eval_batches=32, qk_norm=True
+)
+LONG = replace(SMALL, dim=128, layers=5, hidden=384, steps=1000)
+Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
+def adamw(state: Any, beta2: float = 0.95, **options: Any) -> Make:
+    return lambda groups: shardopt.AdamW(groups, betas=(0.9, beta2), weight_decay=0.1, state=state, **options)
+
+
+def mapped(signed: Any, non_negative: Any) -> dict[str, Any]:
+    return {"signed": signed, "non_negative": non_negative}
+
+
+CONTENDERS: dict[str, Make] = {
+    "adamw-fp32": adamw("fp32"),
+    "adamw-bf16": adamw("bf16"),
+    "adamw-int8": adamw("int8"),
+    "adamw-int4": adamw("int4"),
+    "adamw-factored": adamw("factored"),
+    "adamw-fp32-bf16-stochastic": adamw("fp32", rounding="stochastic"),
+    "adamw-fp32-bf16-nearest": adamw("fp32"),
+    "adamw-fp32-bf16-kahan": adamw("fp32", rounding="kahan"),
+    "control-linear-uint8": adamw(mapped("int8", LinearUint8())),
+    "control-int4-m-int4-nearest-v": adamw(mapped("int4", "log4(rounding='nearest')")),
+    "999-fp32": adamw("fp32", 0.999),
+    "999-int8": adamw("int8", 0.999),
+    "999-int4": adamw("int4", 0.999),
+}
+for signed in ("int8", "sqrt8", "dyn8", "int4", "dyn4", "fp8", "int4(block=64)", "dyn4(block=64)"):
+    for second in ("log8", "root4", "dyn8", "log4", "factored", "fp32"):
+        CONTENDERS[f"adamw-{signed}-{second}"] = adamw(mapped(signed, second))
+        CONTENDERS[f"999-{signed}-{second}"] = adamw(mapped(signed, second), 0.999)
+
+
+def groups_of(model: nn.Module, lr: float, embed_lr: float) -> list[dict[str, Any]]:
+    outer = [p for n, p in model.named_parameters() if n.startswith(("embed", "head"))]
+    inner = [p for n, p in model.named_parameters() if not n.startswith(("embed", "head"))]
+    return [{"params": inner, "lr": lr}, {"params": outer, "lr": embed_lr}]
+
+
+def schedule(step: int, steps: int) -> float:
+    """20 steps of warm-up, then constant, linear to zero over the second half."""
+    return min(1.0, (step + 1) / 20, 2 * (steps - step) / steps)
+
+
+torch.set_num_threads(1)
+
+
+def train(name: str, seed: int, lr: float, embed_lr: float, config: Config) -> dict[str, Any]:
+    config = replace(config, seed=seed)
+    corpus = data.load(config)
+    torch.manual_seed(seed)
+    model = Decoder(config)
+    init_weights(model, config)
+    low = "-bf16-" in name
+    if low:
+        model.to(torch.bfloat16)
+    optimizer = CONTENDERS[name](groups_of(model, lr, embed_lr))
+    rates = [group["lr"] for group in optimizer.param_groups]
+
+    def loss_of(batch: torch.Tensor) -> torch.Tensor:
+        weights = {n: p.float() if low else p for n, p in model.named_parameters()}
+        logits = functional_call(model, weights, (batch[:, :-1],))
+        return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+    curve, spent = [], 0.0
+    for step in range(config.steps):
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * schedule(step, config.steps)
+        loss = loss_of(data.train_batch(corpus.train, config, step, 0, 1))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        before = time.perf_counter()
+        optimizer.step()
+        spent += time.perf_counter() - before
+        curve.append(round(float(loss.detach()), 4))
+        if not curve[-1] < 100:
+            break
+    with torch.no_grad():
+        batches = [data.eval_batch(corpus.val, config, i, 0, 1) for i in range(config.eval_batches)]
+        losses = [float(loss_of(batch)) for batch in batches]
+    return {
+        "name": name,
+        "seed": seed,
+        "lr": lr,
+        "embed_lr": embed_lr,
+        "steps": config.steps,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "corpus": corpus.hash,
+        "loss": round(statistics.mean(losses), 5) if len(curve) == config.steps else float("nan"),
+        "step_seconds": round(spent / len(curve), 4),
+        "curve": curve[:: max(1, config.steps // 100)],
+    }
+
+
+def read() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["name"], row["seed"], row["lr"], row["embed_lr"], row["steps"]
+
+
+def run(names: list[str], seeds: list[int], lr: float, embed_lr: float, config: Config) -> None:
+    for seed in seeds:
+        for name in names:
+            if (name, seed, lr, embed_lr, config.steps) in {key_of(row) for row in read()}:
+                continue
+            row = train(name, seed, lr, embed_lr, config)
+            RESULTS.parent.mkdir(exist_ok=True)
+            with RESULTS.open("a") as out:
+                out.write(json.dumps(row) + "\n")
+            print(f"{name:44} seed {seed} loss {row['loss']:.5f}  step {row['step_seconds'] * 1e3:.0f} ms", flush=True)
+
+
+def table() -> None:
+    """Mean loss, and the mean and spread of the paired differences to the baseline of the same rates and seeds."""
+    rows = {key_of(row): row["loss"] for row in read()}
+    print(
+        f"{'contender':44} {'lr':>8} {'embed':>6} {'steps':>5} {'seeds':>5} {'loss':>9} {'difference':>11} {'spread':>8}"
+    )
+    for name, lr, embed_lr, steps in sorted({(k[0], *k[2:]) for k in rows}, key=str):
+        base = "999-fp32" if name.startswith("999") else "adamw-fp32"
+        losses = {k[1]: v for k, v in rows.items() if (k[0], *k[2:]) == (name, lr, embed_lr, steps)}
+        pairs = [
+            v - rows[base, s, lr, embed_lr, steps] for s, v in losses.items() if (base, s, lr, embed_lr, steps) in rows
+        ]
+        difference = f"{statistics.mean(pairs):+11.5f}" if pairs else " " * 11
+        spread = f"{statistics.stdev(pairs):8.5f}" if len(pairs) > 1 else " " * 8
+        mean = statistics.mean(losses.values())
+        print(f"{name:44} {lr:8.1e} {embed_lr:6.0e} {steps:5} {len(losses):5} {mean:9.5f} {difference} {spread}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("what", choices=("run", "table", "names"))
+    parser.add_argument("--only", nargs="*", default=["adamw-fp32", "adamw-int8", "adamw-int4"])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--embed-lr", type=float, default=3e-2)
+    parser.add_argument("--long", action="store_true", help="1,000 steps of a model of 1M parameters")
+    options = parser.parse_args()
+    if options.what == "run":
+        run(options.only, options.seeds, options.lr, options.embed_lr, LONG if options.long else SMALL)
+    elif options.what == "names":
+        print("\n".join(CONTENDERS))
+    else:
+        table()
+
+
+if __name__ == "__main__":
+    main()

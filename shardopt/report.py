@@ -1,0 +1,82 @@
+"""What an optimizer holds and does, in numbers: bytes of state, and the recipe of every group."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from shardopt.dtensor.layout import local_of
+from shardopt.state import KEY, STEP
+
+
+@dataclass
+class StateBytes:
+    """Bytes of optimizer state. parts: name -> (global bytes, bytes on this rank), step counts and keys left out.
+
+    parameters: GLOBAL number of elements that have state; per_parameter: global bytes an element.
+    """
+
+    parameters: int = 0
+    total: int = 0
+    local: int = 0
+    parts: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def per_parameter(self) -> float:
+        return self.total / self.parameters if self.parameters else 0.0
+
+    def __str__(self) -> str:
+        lines = [f"{name:32} {both[0]:>16,} {both[1]:>16,} bytes" for name, both in self.parts.items()]
+        lines.append(f"{'state':32} {self.total:>16,} {self.local:>16,} bytes, {self.per_parameter:.4f} a parameter")
+        return "\n".join(lines)
+
+
+def state_bytes(opt: Any) -> StateBytes:
+    """Bytes of the state of all parameters, by part: global, and on this rank (contiguous shards)."""
+    found = StateBytes()
+    for p, name, part in stored(opt):
+        if name == STEP:
+            found.parameters += p.numel()
+        if name in (STEP, KEY):
+            continue
+        whole, here = part.numel() * part.element_size(), local_of(part).numel() * part.element_size()
+        before = found.parts.get(name, (0, 0))
+        found.parts[name] = (before[0] + whole, before[1] + here)
+        found.total += whole
+        found.local += here
+    return found
+
+
+def stored(opt: Any) -> Iterator[tuple[Tensor, str, Tensor]]:
+    for p, state in opt.state.items():
+        for name, part in state.items():
+            yield p, name, part
+
+
+def explain(opt: Any) -> str:
+    """Per group: recipe, what runs it and why, the codecs of its parameters; and the communication counted so far."""
+    lines = []
+    for i, (recipe, group) in enumerate(zip(opt.recipes, opt.param_groups)):
+        params = group["params"]
+        lines.append(f"group {i}: {recipe.key()}")
+        lines.append(f"  {len(params)} parameters, {sum(p.numel() for p in params):,} elements, lr {group.get('lr')}")
+        lines.append("  runs on: reference (this version has no native kernels)")
+        for codecs, count in formats(opt, recipe, params).items():
+            lines.append(f"  {count} with {codecs}")
+    answers = opt.answers
+    lines.append(
+        f"so far: {opt.calls} steps, {answers.rounds} rounds of asks, {answers.collectives} collectives, "
+        f"{answers.bytes:,} bytes a rank"
+    )
+    return "\n".join(lines)
+
+
+def formats(opt: Any, recipe: Any, params: list[Tensor]) -> dict[str, int]:
+    """How many parameters got which codecs by their GLOBAL shapes."""
+    counts: dict[str, int] = {}
+    for p in params:
+        codecs = recipe.codecs(opt.layout(p).geo.view, p.dtype)
+        words = ", ".join(f"{slot}: {codec.describe()}" for slot, codec in codecs.items()) or "no state"
+        counts[words] = counts.get(words, 0) + 1
+    return counts
