@@ -69,7 +69,7 @@ def refuse_amsgrad(amsgrad: bool) -> None:
 
 
 class AdamW(Preset):
-    """torch.optim.AdamW's signature and defaults; int8 state unless told otherwise. Rule: `rules.AdamW`."""
+    """AdamW with torch.optim.AdamW's signature and defaults. Rule: `rules.AdamW`."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class AdamW(Preset):
 
 
 class Adam(Preset):
-    """torch.optim.Adam: AdamW's rule with the coupled L2 penalty."""
+    """Adam with torch.optim.Adam's signature and defaults, coupled L2 included. Rule: `rules.AdamW`."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class Lion(Preset):
 
 
 class SGD(Preset):
-    """torch.optim.SGD's signature and defaults, its coupled L2 included. Rule: `rules.SGD`."""
+    """SGD with torch.optim.SGD's signature and defaults, coupled L2 included. Rule: `rules.SGD`."""
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class SGD(Preset):
 
 
 class RMSprop(Preset):
-    """torch.optim.RMSprop's signature and defaults, its coupled L2 included. Rule: `rules.RMSprop`."""
+    """RMSprop with torch.optim.RMSprop's signature and defaults, coupled L2 included. Rule: `rules.RMSprop`."""
 
     def __init__(
         self,
@@ -173,7 +173,7 @@ class RMSprop(Preset):
 
 
 class Adafactor(Preset):
-    """torch.optim.Adafactor's signature and defaults, factored state. Rule and further options: `rules.Adafactor`."""
+    """Adafactor with torch.optim.Adafactor's signature and defaults. Rule and further options: `rules.Adafactor`."""
 
     def __init__(
         self,

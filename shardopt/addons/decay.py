@@ -14,7 +14,10 @@ from shardopt.rules.base import Hyper
 
 @dataclass(frozen=True, kw_only=True)
 class WeightDecay(Addon):
-    """weight_decay p (arXiv 1711.05101): p -= lr weight_decay p."""
+    """Decoupled weight decay (arXiv 1711.05101).
+
+    p -= lr weight_decay p
+    """
 
     name: ClassVar[str] = "decay"
     stage: ClassVar[str] = "decay"
@@ -30,7 +33,10 @@ class WeightDecay(Addon):
 
 @dataclass(frozen=True, kw_only=True)
 class CautiousDecay(Addon):
-    """weight_decay p only where u p >= 0 (arXiv 2510.12402): decay never fights the update."""
+    """Decoupled decay only where it does not fight the update (arXiv 2510.12402).
+
+    p -= lr weight_decay p [u p >= 0]
+    """
 
     name: ClassVar[str] = "cautious_decay"
     stage: ClassVar[str] = "decay"

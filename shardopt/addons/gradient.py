@@ -10,10 +10,15 @@ from shardopt.addons.base import Addon
 from shardopt.asks import Asking, Mean, Sum, Total
 from shardopt.rules.base import Hyper, check
 
+ROUNDING = 1e-12  # of ||g||^2: what fp32 leaves of a gradient along p is about 1e-15 of it
+
 
 @dataclass(frozen=True, kw_only=True)
 class CoupledDecay(Addon):
-    """g + weight_decay p: the L2 penalty of torch's Adam, SGD and RMSprop."""
+    """The L2 penalty of torch's Adam, SGD and RMSprop.
+
+    g + weight_decay p
+    """
 
     name: ClassVar[str] = "l2"
     stage: ClassVar[str] = "gradient"
@@ -29,9 +34,10 @@ class CoupledDecay(Addon):
 
 @dataclass(frozen=True, kw_only=True)
 class ClipByGlobalNorm(Addon):
-    """g min(1, max_norm / (||g|| + 1e-6)) with the 2-norm over ALL parameters of the optimizer.
+    """Clips the 2-norm over ALL parameters of the optimizer.
 
-    The same as torch.nn.utils.clip_grad_norm_, inside the step. Asks one Total before any rule runs.
+    g min(1, max_norm / (||g|| + 1e-6)), the same as torch.nn.utils.clip_grad_norm_, inside the step. Asks one Total
+    before any rule runs.
     """
 
     name: ClassVar[str] = "clip_by_global_norm"
@@ -74,8 +80,9 @@ class OrthoGrad(Addon):
 
     a = <p, g> / ||p||^2 ; h = g - a p ; g <- h ||g|| / ||h||          p = 0 leaves g unchanged
 
-    Asks two rounds: <p, g>, ||p||^2, ||g||^2; then ||h||^2, which cannot be had from the first three where g is
-    nearly parallel to p.
+    Where h is nothing but rounding errors (a parameter of one element, g parallel to p) g becomes 0: to restore the
+    norm would make a full step of noise. Asks two rounds: <p, g>, ||p||^2, ||g||^2; then ||h||^2, which cannot be had
+    from the first three where g is nearly parallel to p.
     """
 
     name: ClassVar[str] = "orthograd"
@@ -86,7 +93,7 @@ class OrthoGrad(Addon):
         pg, pp, gg = yield Sum(p * g), Sum(p * p), Sum(g * g)
         rest = g - p * (pg / (pp + 1e-30))
         hh = yield Sum(rest * rest)
-        return rest * (gg.sqrt() / (hh.sqrt() + 1e-30))
+        return rest * torch.where(hh > ROUNDING * gg, gg / hh, 0.0).sqrt()
 
 
 def is_zero(value: Any) -> bool:

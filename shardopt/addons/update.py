@@ -14,7 +14,10 @@ from shardopt.rules.math import clip_rms
 
 @dataclass(frozen=True, kw_only=True)
 class Grams(Addon):
-    """|u| sign(g): the size from the momentum, the sign from the gradient (arXiv 2412.17107)."""
+    """The size from the momentum, the sign from the gradient (arXiv 2412.17107).
+
+    |u| sign(g)
+    """
 
     name: ClassVar[str] = "grams"
     stage: ClassVar[str] = "direction"
@@ -28,7 +31,10 @@ class Grams(Addon):
 
 @dataclass(frozen=True, kw_only=True)
 class RMSClip(Addon):
-    """u / max(1, RMS(u) / d), the RMS over the whole parameter (arXiv 1804.04235). Asks one scalar."""
+    """Clips the RMS of the update of a whole parameter (arXiv 1804.04235).
+
+    u / max(1, RMS(u) / d). Asks one scalar.
+    """
 
     name: ClassVar[str] = "rms_clip"
     stage: ClassVar[str] = "direction"

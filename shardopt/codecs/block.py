@@ -64,7 +64,9 @@ class Absmax(Codec):
 
 @dataclass(frozen=True, kw_only=True)
 class Int8(Absmax):
-    """a = max|x|; s = a / 127; q = clamp(rint(x / s), -127, 127); decode q s.
+    """Uniform steps of a block's largest magnitude.
+
+    a = max|x|; s = a / 127; q = clamp(rint(x / s), -127, 127); decode q s.
 
     1 + 4/B bytes a parameter; absolute error at most a / 254: small elements of a block lose all their bits, hence
     blocks of 256 (Dettmers et al., arXiv:2110.02861, with a uniform table).
@@ -84,7 +86,9 @@ class Int8(Absmax):
 
 @dataclass(frozen=True, kw_only=True)
 class Sqrt8(Absmax):
-    """a = max|x|; q = clamp(rint(127 sign(x) sqrt(|x| / a)), -127, 127); decode a sign(q) (q / 127)^2.
+    """Signed square roots in int8: small elements keep more bits.
+
+    a = max|x|; q = clamp(rint(127 sign(x) sqrt(|x| / a)), -127, 127); decode a sign(q) (q / 127)^2.
 
     1 + 4/B bytes a parameter; absolute error about sqrt(|x| a) / 127: small elements keep more than in int8, large
     ones less. The smallest magnitude is a / 16129.
@@ -104,7 +108,9 @@ class Sqrt8(Absmax):
 
 @dataclass(frozen=True, kw_only=True)
 class Root4(Rounded, Absmax):
-    """a = max x; t = 255 (x / a)^(1/4); q = 0 where x = 0, else clamp(floor(t + U), 1, 255); decode a (q / 255)^4.
+    """Fourth roots in uint8, stochastically rounded, no zero code for a positive value.
+
+    a = max x; t = 255 (x / a)^(1/4); q = 0 where x = 0, else clamp(floor(t + U), 1, 255); decode a (q / 255)^4.
 
     1 + 4/B bytes a parameter; for second moments: relative error about 4 / t, and t = 255 ... 1 spans 32 octaves.
     The fourth root of v is the square root of the step's denominator. rounding="nearest" is rint(t), for parity only.
@@ -126,7 +132,9 @@ class Root4(Rounded, Absmax):
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8(Rounded, Absmax):
-    """a = max|x|; s = a / 448; code = x / s in E4M3; decode code s.
+    """E4M3 floats with a block scale.
+
+    a = max|x|; s = a / 448; code = x / s in E4M3; decode code s.
 
     1 + 4/B bytes a parameter; relative error at most 2^-4 down to a 2^-15, absolute steps of a 2^-18 below that
     (Micikevicius et al., arXiv:2209.05433). Positive values of a non-negative slot keep at least the smallest code.

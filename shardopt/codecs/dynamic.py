@@ -52,7 +52,9 @@ def lookup(codes: Tensor, bits: int, signed: bool) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Dyn8(Absmax):
-    """a = max|x|; q = nearest entry to x / a; decode table[q] a.
+    """The dynamic map of bitsandbytes, mirrored: 6 decades around zero.
+
+    a = max|x|; q = nearest entry to x / a; decode table[q] a.
 
     1 + 4/B bytes a parameter; relative error about 1 % near a, 40 % at 1e-6 a. 255 mirrored entries in signed slots
     (code 127 is 0), 256 entries in non-negative ones, where only 0 itself gets code 0. Nearest rounding: a second
@@ -75,7 +77,9 @@ class Dyn8(Absmax):
 
 @dataclass(frozen=True, kw_only=True)
 class Dyn4(Packed):
-    """a = max|x|; q = nearest to x / a of 0, +-.0055, .0325, .0775, .2125, .4375, .6625, 1; decode table[q] a.
+    """The dynamic map in 15 levels, two codes a byte.
+
+    a = max|x|; q = nearest to x / a of 0, +-.0055, .0325, .0775, .2125, .4375, .6625, 1; decode table[q] a.
 
     1/2 + 4/B bytes a parameter; nibble 7 is 0, 15 is unused. Keeps more small elements than int4, the largest less
     exactly.

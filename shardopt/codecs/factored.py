@@ -15,7 +15,9 @@ FLOOR = 1e-30
 
 @dataclass(frozen=True, kw_only=True)
 class Factored(Codec):
-    """row_i = mean_j v_ij; col_j = mean_i v_ij; decode row_i col_j / mean(row). A stack: every matrix by itself.
+    """Row and column means of a matrix, of every matrix of a stack, of a convolution's view.
+
+    row_i = mean_j v_ij; col_j = mean_i v_ij; decode row_i col_j / mean(row).
 
     4 (rows + cols) / (rows cols) bytes a parameter. Row and column means are linear, so s <- decay s + x acts on them
     exactly; the error is that of rank one, for single elements without a bound. Rows and columns of zeros stay

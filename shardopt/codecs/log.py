@@ -38,7 +38,9 @@ def on_grid(log: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Log8(Rounded):
-    """255 levels and an exact 0: 1 + 8/B bytes a parameter, for second moments.
+    """255 equal steps of log2 over a block's own range, and an exact 0.
+
+    1 + 8/B bytes a parameter, for second moments.
 
     Relative error at most 2^(range / 508) - 1 to nearest: 2.8 % for 20 octaves, half of that in 1 / sqrt(v). Nearest
     rounding (parity only) does not follow a lasting drop of the gradients, hence "auto" is stochastic.
@@ -99,7 +101,9 @@ class Log8(Rounded):
 
 @dataclass(frozen=True, kw_only=True)
 class Log16(Log8):
-    """65535 levels and an exact 0, in int16 read as unsigned: 2 + 8/B bytes a parameter.
+    """65535 equal steps of log2 over a block's own range, and an exact 0.
+
+    In int16 read as unsigned: 2 + 8/B bytes a parameter.
 
     Relative error .011 % for 20 octaves: nearest rounding follows decays up to .999.
     """
@@ -121,7 +125,9 @@ class Log16(Log8):
 
 @dataclass(frozen=True, kw_only=True)
 class Log4(Log8):
-    """15 levels and an exact 0, two codes a byte: 1/2 + 8/B bytes a parameter.
+    """15 equal steps of log2 over a block's own range, and an exact 0.
+
+    Two codes a byte: 1/2 + 8/B bytes a parameter.
 
     A step is range / 14, 1.4 octaves for 20: every element is right within a factor of about 2.7, and over time in
     the mean of its logarithm. Compare with `factored` before using it.

@@ -54,7 +54,9 @@ class Packed(Absmax):
 
 @dataclass(frozen=True, kw_only=True)
 class Int4(Packed):
-    """a = max|x|; s = a / 7; q = clamp(rint(x / s), -7, 7); nibble q + 8; decode q s.
+    """Uniform steps in 15 levels, two codes a byte.
+
+    a = max|x|; s = a / 7; q = clamp(rint(x / s), -7, 7); nibble q + 8; decode q s.
 
     1/2 + 4/B bytes a parameter; absolute error at most a / 14: for momentum with decay <= .9, or of normalised
     updates (Li et al., arXiv:2309.01507, block 128).

@@ -14,7 +14,9 @@ from shardopt.codecs.rounding import GRIDS, keep_positive, round_nearest, round_
 
 @dataclass(frozen=True, kw_only=True)
 class Fp32(Codec):
-    """The value itself: 4 bytes a parameter, exact, fits every shape.
+    """The value itself.
+
+    4 bytes a parameter, exact, fits every shape.
 
     The part has the slot's own name, so that checkpoints of torch.optim load as they are.
     """
@@ -57,7 +59,9 @@ class Half(Rounded):
 
 @dataclass(frozen=True, kw_only=True)
 class Bf16(Half):
-    """bfloat16: relative error at most 2^-9, the range of float32.
+    """bfloat16, nearest in signed slots, stochastic in non-negative ones.
+
+    Relative error at most 2^-9, the range of float32.
 
     Nearest rounding keeps s where |x - s| (1 - decay) < 2^-9 |s|: harmless for momentum (decay <= .95), but a second
     moment with decay .999 stops following, so non-negative slots round stochastically.
@@ -69,7 +73,9 @@ class Bf16(Half):
 
 @dataclass(frozen=True, kw_only=True)
 class Fp16(Half):
-    """float16: relative error at most 2^-12 from 6e-5 to 65504; saturates above, has 2^-24 steps below.
+    """float16, nearest in signed slots, stochastic in non-negative ones.
+
+    Relative error at most 2^-12 from 6e-5 to 65504; saturates above, has 2^-24 steps below.
 
     The squares of small gradients do not fit that range: prefer bf16 for second moments.
     """

@@ -11,7 +11,7 @@ PRESETS: dict[str, tuple[str, str]] = {
     "fp32": ("fp32", "fp32"),
     "bf16": ("bf16", "bf16"),
     "int8": ("sqrt8", "log8"),
-    "int4": ("int4", "log4"),
+    "int4": ("dyn4", "log4"),
     "factored": ("int8", "factored"),
 }
 

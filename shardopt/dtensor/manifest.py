@@ -1,0 +1,148 @@
+"""What a checkpoint says about itself, and which directories are checkpoints: manifest.json, COMMITTED, step_*.
+
+A checkpoint is the directory `step_00000100` in the format of torch.distributed.checkpoint, plus `manifest.json`
+(recipes, parameters, size and crc32 of every file, the user's `extra`) and, written last of all, `COMMITTED`, which
+holds size and crc32 of the manifest. A directory without `COMMITTED` is what a crash left.
+"""
+
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+MANIFEST, COMMITTED, METADATA = "manifest.json", "COMMITTED", ".metadata"
+STEP_NAME = re.compile(r"step_(\d{8,})")
+CHUNK = 1 << 24
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def step_folders(root: Path) -> dict[int, Path]:
+    """Every step_* directory of `root` by its step, committed or not, ascending."""
+    found = {}
+    for entry in root.iterdir() if root.is_dir() else ():
+        if (match := STEP_NAME.fullmatch(entry.name)) and entry.is_dir():
+            found[int(match[1])] = entry
+    return dict(sorted(found.items()))
+
+
+def committed(root: Path) -> dict[int, Path]:
+    """The complete checkpoints of `root` by step, ascending."""
+    return {step: folder for step, folder in step_folders(root).items() if (folder / COMMITTED).exists()}
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether this directory is itself a checkpoint, ours or any of torch.distributed.checkpoint."""
+    return any((folder / name).exists() for name in (METADATA, MANIFEST, COMMITTED))
+
+
+def discard(folder: Path) -> None:
+    """Remove a checkpoint, the marker first: what a crash leaves of it is no checkpoint any more."""
+    (folder / COMMITTED).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def clean(root: Path) -> None:
+    """Remove what saves that never ended have left."""
+    for folder in step_folders(root).values():
+        if not (folder / COMMITTED).exists():
+            discard(folder)
+
+
+def prune(root: Path, keep: int, newest: Path) -> None:
+    """Remove all but the last `keep` checkpoints, `newest`, just written, being one of them whatever its step."""
+    others = [folder for folder in committed(root).values() if folder != newest]
+    for folder in others[: max(0, len(others) + 1 - keep)]:
+        discard(folder)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file and its directory entry through to the disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return  # a file system whose directories cannot be opened
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
+
+
+def commit(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest, then the marker that makes the directory a checkpoint."""
+    content = json.dumps(manifest, indent=1).encode()
+    write_durably(folder / MANIFEST, content)
+    marker = {"size": len(content), "crc32": zlib.crc32(content)}
+    write_durably(folder / COMMITTED, json.dumps(marker).encode())
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest, or None for a directory that has none, of plain torch.distributed.checkpoint.
+
+    ValueError, which names the file, where it is damaged or of a version that this one cannot read.
+    """
+    if not any((folder / name).exists() for name in (MANIFEST, COMMITTED)):
+        return None
+    try:
+        marker = json.loads((folder / COMMITTED).read_bytes())
+        size, crc = marker["size"], marker["crc32"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder / COMMITTED} is missing or damaged ({error}): this is no complete checkpoint"
+        ) from error
+    try:
+        content = (folder / MANIFEST).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{folder / MANIFEST} cannot be read ({error})") from error
+    if (len(content), zlib.crc32(content)) != (size, crc):
+        raise ValueError(f"{folder / MANIFEST} is damaged: its size or checksum is not the one it was committed with")
+    manifest: dict[str, Any] = json.loads(content)
+    if manifest["format"] > FORMAT:
+        raise ValueError(
+            f"{folder / MANIFEST} has format {manifest['format']}, this version of shardopt reads up to {FORMAT}; "
+            "install a newer one"
+        )
+    return manifest
+
+
+def damaged_files(
+    folder: Path, manifest: Mapping[str, Any], checksums: bool, part: int = 0, parts: int = 1
+) -> list[str]:
+    """What is wrong with the files of a checkpoint, in words; of every `parts`-th file only, from `part` on."""
+    wrong = []
+    for name, expected in sorted(manifest["files"].items())[part::parts]:
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != expected["size"]:
+                wrong.append(f"{path} has {size} bytes instead of {expected['size']}")
+            elif checksums and crc_of(path) != expected["crc32"]:
+                wrong.append(f"{path} is corrupt: its checksum is not the one it was written with")
+        except OSError as error:
+            wrong.append(f"{path} cannot be read ({error})")
+    return wrong
+
+
+def crc_of(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            crc = zlib.crc32(chunk, crc)
+    return crc

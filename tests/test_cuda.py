@@ -1,0 +1,100 @@
+"""What only a GPU can show: the same recipes there, no host synchronisation, FSDP2 with offloaded parameters."""
+
+import json
+import os
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import shardopt
+from tests.table import DTYPES, RULES, STATES, recipe
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+def gradients(step: int, shapes: list[tuple[int, ...]]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(shape, generator=generator) * 1e-3 for shape in shapes]
+
+
+def trained(rule: str, state: str, dtype: torch.dtype, device: str, steps: int = 5) -> list[torch.Tensor]:
+    shapes = [(70, 130), (12, 512), (7,)]
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape).to(dtype).to(device)) for shape in shapes]
+    opt = shardopt.ShardedOptimizer(params, recipe(rule, state, "decay", "stochastic"), weight_decay=0.1)
+    for step in range(steps):
+        for p, g in zip(params, gradients(step, shapes)):
+            p.grad = g.to(dtype).to(device)
+        opt.step()
+    return [p.detach().cpu().float() for p in params]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("state", STATES)
+def test_same_as_on_the_cpu(rule, state):
+    """Kills: a formula that reads another device's tensor, or noise that depends on the device."""
+    for name, dtype in DTYPES.items():
+        ulp = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-3}[name]
+        for a, b in zip(trained(rule, state, dtype, "cuda"), trained(rule, state, dtype, "cpu")):
+            assert (a - b).norm() <= ulp * b.norm()
+
+
+@contextmanager
+def no_synchronisation():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "zero", "skip"])
+@pytest.mark.parametrize("rule", ["adamw", "lion", "sgd.momentum", "adafactor"])
+def test_no_host_synchronisation(rule, nonfinite):
+    """Kills: an .item() or an `if` on a device value in the step."""
+    params = [nn.Parameter(torch.randn(64, 256, device="cuda")) for _ in range(3)]
+    opt = shardopt.ShardedOptimizer(params, recipe(rule, "int8+log8"), nonfinite=nonfinite)
+    for step in range(4):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        if step == 0:
+            opt.step()
+            continue
+        with no_synchronisation():
+            opt.step()
+    if nonfinite == "skip":
+        before = [p.detach().clone() for p in params]
+        params[0].grad[0, 0] = float("nan")
+        with no_synchronisation():
+            opt.step()
+        assert opt.skipped_steps == 1 and all(torch.equal(p, q) for p, q in zip(params, before))
+
+
+def test_offloaded_fsdp2_parameters(tmp_path):
+    """Kills: state that is moved to the mesh's device, and asks that travel on the CPU of an nccl mesh."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Linear(128, 256, bias=False), nn.Linear(256, 128, bias=False)).cuda()
+        fully_shard(model, offload_policy=CPUOffloadPolicy())
+        opt = shardopt.Adafactor(model.parameters())
+        for _ in range(3):
+            model(torch.randn(4, 128, device="cuda")).square().mean().backward()
+            opt.step()
+        for state in opt.state.values():
+            assert all(getattr(part, "_local_tensor", part).device.type == "cpu" for part in state.values())
+    finally:
+        dist.destroy_process_group()
+
+
+def test_report():
+    """Where $OUT is set, leaves what ran as JSON."""
+    if out := os.environ.get("OUT"):
+        device = torch.cuda.get_device_name()
+        with open(f"{out}/cuda_tests.json", "w") as file:
+            json.dump({"device": device, "torch": torch.__version__}, file)
