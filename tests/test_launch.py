@@ -268,12 +268,14 @@ def test_meshes_give_the_losses_of_one_rank(tmp_path):
 @pytest.mark.multigpu
 @pytest.mark.slow
 def test_killed_and_stopped_runs_go_on_as_if_nothing_had_happened(tmp_path):
-    out, name = tmp_path / "run", ["--steps", "40", "--checkpoint-every", "10", "--eval-every", "0"]
+    out, name = tmp_path / "run", ["--steps", "60", "--keep", "9", "--checkpoint-every", "10", "--eval-every", "0"]
     whole = losses(tmp_path / "whole", 1, *name)
 
     def until(step: int, ranks: int) -> subprocess.Popen[bytes]:
         run = runs.begin(ranks, *TINY, *name, "--out", str(out), output=tmp_path / "run.txt")
-        while not (lines := runlog.read(out / "log.jsonl")) or lines[-1]["step"] < step:
+        # A save is asynchronous: the steps may be far ahead of it.
+        committed = out / "checkpoints" / "step_00000010" / "COMMITTED"
+        while not (lines := runlog.read(out / "log.jsonl")) or lines[-1]["step"] < step or not committed.exists():
             assert run.poll() is None, (tmp_path / "run.txt").read_text()[-4000:]
             time.sleep(0.02)
         return run
@@ -283,7 +285,6 @@ def test_killed_and_stopped_runs_go_on_as_if_nothing_had_happened(tmp_path):
     os.kill(runs.workers(stopped)[0], signal.SIGTERM)
     assert stopped.wait(timeout=120) == 0
     assert losses(out, 2, *name) == pytest.approx(whole, abs=1e-3)
-    starts = [
-        line for line in (tmp_path / "run.txt").read_text().splitlines() if line.startswith(("resumed", "starting"))
-    ]
-    assert starts[:2] == ["starting at step 0", "resumed after step 10"] and int(starts[2].split()[-1]) >= 22
+    says = (tmp_path / "run.txt").read_text().splitlines()
+    starts = [int(line.split()[-1]) for line in says if line.startswith(("resumed after", "starting at"))]
+    assert starts[0] == 0 and starts[1] >= 10 and starts[1] % 10 == 0 and starts[2] >= 22

@@ -20,6 +20,10 @@ STEP_NAME = re.compile(r"step_(\d{8,})")
 CHUNK = 1 << 24
 
 
+class Damaged(ValueError):
+    """A checkpoint whose files are not what was written; an older one may do."""
+
+
 def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
@@ -96,7 +100,7 @@ def commit(folder: Path, manifest: Mapping[str, Any]) -> None:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest, or None for a directory that has none, of plain torch.distributed.checkpoint.
 
-    ValueError, which names the file, where it is damaged or of a version that this one cannot read.
+    Damaged, which names the file; ValueError for a version that this one cannot read.
     """
     if not any((folder / name).exists() for name in (MANIFEST, COMMITTED)):
         return None
@@ -110,9 +114,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         content = (folder / MANIFEST).read_bytes()
     except OSError as error:
-        raise ValueError(f"{folder / MANIFEST} cannot be read ({error})") from error
+        raise Damaged(f"{folder / MANIFEST} cannot be read ({error})") from error
     if (len(content), zlib.crc32(content)) != (size, crc):
-        raise ValueError(f"{folder / MANIFEST} is damaged: its size or checksum is not the one it was committed with")
+        raise Damaged(f"{folder / MANIFEST} is damaged: its size or checksum is not the one it was committed with")
     manifest: dict[str, Any] = json.loads(content)
     if manifest["format"] > FORMAT:
         raise ValueError(

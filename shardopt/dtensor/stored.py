@@ -1,5 +1,6 @@
 """A checkpoint as it lies on disk: which tensors and values it holds, and how its optimizer state is stored."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from shardopt.codecs import CODECS, Codec, codec
 from shardopt.dtensor.channel import Channel
-from shardopt.dtensor.manifest import METADATA, read_manifest
+from shardopt.dtensor.manifest import METADATA, Damaged, read_manifest
 from shardopt.state import part_name
 
 BLOCKS = tuple(2**k for k in range(3, 17))
@@ -21,7 +22,7 @@ BLOCKS = tuple(2**k for k in range(3, 17))
 class Stored:
     """One checkpoint directory: its manifest (None for a foreign one) and the metadata of all its entries.
 
-    entries: flattened name -> TensorStorageMetadata or BytesStorageMetadata. ValueError where it cannot be read.
+    entries: flattened name -> TensorStorageMetadata or BytesStorageMetadata. Damaged where it cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -30,12 +31,12 @@ class Stored:
         try:
             self.entries: Mapping[str, Any] = FileSystemReader(folder).read_metadata().state_dict_metadata
         except Exception as error:  # a damaged pickle raises anything
-            raise ValueError(f"{folder / METADATA} cannot be read ({type(error).__name__}: {error})") from error
+            raise Damaged(f"{folder / METADATA} cannot be read ({type(error).__name__}: {error})") from error
 
     def read(self, wanted: dict[str, Any], channel: Channel) -> dict[str, Any]:
         """Read entries by name: into the tensors given, in place; other values are returned. All ranks together.
 
-        ValueError where an entry is missing or a file cannot be read.
+        Damaged where a file cannot be read.
         """
         if not wanted:
             return {}
@@ -45,7 +46,7 @@ class Stored:
         try:
             load(wanted, storage_reader=reader, process_group=channel.group, no_dist=channel.no_dist)
         except CheckpointException as error:
-            raise ValueError(f"{self.folder} cannot be loaded: {reasons(error)}") from error
+            raise Damaged(f"{self.folder} cannot be loaded: {reasons(error)}") from error
         return wanted
 
     def values(self, names: Iterable[str], channel: Channel) -> dict[str, Any]:
@@ -95,8 +96,6 @@ class Stored:
 def quiet(channel: Channel) -> None:
     """DCP warns of every save and load without a process group, which here is on purpose."""
     if channel.no_dist:
-        import warnings
-
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 

@@ -18,36 +18,42 @@ from shardopt.dtensor.answer import Answers
 from shardopt.dtensor.channel import Channel
 from shardopt.dtensor.layout import Layout, local_of
 from shardopt.dtensor.stored import Stored, put
-from shardopt.state import noise_of, part_name
+from shardopt.state import STEP, noise_of, part_name
 
 BUCKET_ELEMENTS = 1 << 26  # local elements whose old parts are in memory at once; slots count one by one
 
 
 class Job(NamedTuple):
-    """One slot of one parameter. prefix: of its entries in the checkpoint; state: the parameter's, complete."""
+    """One slot of one parameter.
+
+    prefix: of its entries in the checkpoint. layout: the parameter's; source: the one in which old parts are read.
+    state: the parameter's, complete. device: where its local state is.
+    """
 
     prefix: str
     slot: str
     old: Codec
     new: Codec
     layout: Layout
+    source: Layout
     state: dict[str, Tensor]
     device: torch.device
 
 
 def run(jobs: Iterable[Job], stored: Stored, channel: Channel, answers: Answers) -> None:
     """Do all jobs, in order; every rank has the same ones. `step` and `key` must be loaded."""
+    jobs = list(jobs)
+    fits = [all(each) for each in zip(*channel.everywhere(lambda: [fits_layout(job) for job in jobs]))]
+    jobs = [job if fit else job._replace(source=whole_layout(job.layout.shape)) for job, fit in zip(jobs, fits)]
     for bucket in buckets(jobs):
         read = [old_parts(job) for job in bucket]
         wanted = {}
-        for job, (_, parts) in zip(bucket, read):
+        for job, parts in zip(bucket, read):
             wanted.update({job.prefix + part_name(job.slot, suffix): part for suffix, part in parts.items()})
         stored.read(wanted, channel)
         del wanted
         for job in bucket:
-            layout, parts = read.pop(0)
-            write(job, layout, parts, answers)
-            del parts
+            write(job, read.pop(0), answers)
 
 
 def buckets(jobs: Iterable[Job]) -> Iterator[list[Job]]:
@@ -65,14 +71,19 @@ def buckets(jobs: Iterable[Job]) -> Iterator[list[Job]]:
         yield bucket
 
 
-def old_parts(job: Job) -> tuple[Layout, dict[str, Tensor]]:
-    """Empty parts of the old format to be read into, and the layout that they have."""
+def old_parts(job: Job) -> dict[str, Tensor]:
+    """Empty parts of the old format, to be read into."""
     specs = job.old.parts(job.layout.geo.view)
+    return {part.suffix: job.source.new(part, job.device) for part in specs}
+
+
+def fits_layout(job: Job) -> bool:
+    """Whether the old format can be cut the way this parameter is, as far as this rank sees."""
     try:
-        return job.layout, {part.suffix: job.layout.new(part, job.device) for part in specs}
+        old_parts(job._replace(device=torch.device("meta")))
     except ValueError:
-        whole = whole_layout(job.layout.shape)
-        return whole, {part.suffix: whole.new(part, job.device) for part in specs}
+        return False
+    return True
 
 
 def whole_layout(shape: tuple[int, ...]) -> Layout:
@@ -80,16 +91,14 @@ def whole_layout(shape: tuple[int, ...]) -> Layout:
     return Layout(shape, None, (), geo, ((),) * len(geo.view), shape)
 
 
-def write(job: Job, layout: Layout, parts: dict[str, Tensor], answers: Answers) -> None:
+def write(job: Job, parts: dict[str, Tensor], answers: Answers) -> None:
     """Decode the old parts and encode their value into the parameter's state."""
-    locals_ = {suffix: viewed(local_of(part), layout) for suffix, part in parts.items()}
-    value = drive(job.old.read(locals_, layout.geo), layout, answers)
-    if layout is not job.layout:
+    contents = {suffix: viewed(local_of(part), job.source) for suffix, part in parts.items()}
+    value = drive(job.old.read(contents, job.source.geo), job.source, answers)
+    if job.source is not job.layout:
         value = piece(value, job.layout.geo)
     geo = job.layout.geo
-    state = {name: local_of(tensor) for name, tensor in job.state.items() if tensor.ndim == 0}
-    step = state["step"].double()
-    noise = noise_of(state, step, geo)
+    noise = noise_of(job.state, job.state[STEP], geo)
     stream = stream_of(job.slot)
     encoded = drive(job.new.encode(value, geo, lambda: noise(stream)), job.layout, answers)
     for suffix, content in encoded.items():

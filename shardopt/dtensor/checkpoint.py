@@ -1,0 +1,254 @@
+"""Saves model and optimizer as torch.distributed.checkpoint does, committed and checked; loads onto any mesh and codec."""
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import async_save, save
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from shardopt.codecs import view_shape
+from shardopt.dtensor import lazy, manifest, transcode
+from shardopt.dtensor.channel import Channel, channel
+from shardopt.dtensor.manifest import Damaged
+from shardopt.dtensor.restore import OptimizerPlanner, Plan, plan_model, start_fresh
+from shardopt.dtensor.saved_groups import SavedGroups
+from shardopt.dtensor.stored import Stored, quiet, reasons
+from shardopt.dtensor.writer import CheckpointWriter
+from shardopt.state import STEP
+
+MODEL, OPTIM = "model", "optim"
+VERIFIED_BYTES = 20_000_000_000  # checkpoints below this have their checksums verified unless told otherwise
+
+
+class Save:
+    """A save under way, or done. folder: the checkpoint's directory."""
+
+    def __init__(self, folder: Path, future: Future[Any] | None = None) -> None:
+        self.folder, self.future = folder, future
+
+    def done(self) -> bool:
+        return self.future is None or self.future.done()
+
+    def wait(self) -> Path:
+        """Wait until the checkpoint is committed; its directory. ValueError where saving failed, on any rank."""
+        future, self.future = self.future, None
+        if future is not None:
+            try:
+                future.result()
+            except CheckpointException as error:
+                raise failed(self.folder, error) from error
+        return self.folder
+
+
+def failed(folder: Path, error: CheckpointException) -> ValueError:
+    return ValueError(
+        f"{folder} could not be saved: {reasons(error)}. It is not committed, the checkpoints before it are untouched"
+    )
+
+
+def save_checkpoint(
+    path: Any,
+    model: torch.nn.Module,
+    opt: torch.optim.Optimizer,
+    *,
+    step: int,
+    extra: dict[str, Any] | None = None,
+    keep: int | None = None,
+    blocking: bool = True,
+) -> Save:
+    """Save to `path/step_00000100`; every rank calls it, at the same step. Returns a handle with `wait()`.
+
+    The directory is stock torch.distributed.checkpoint with the names "model" and "optim" (nested), plus
+    `manifest.json` and, written when every rank has succeeded, `COMMITTED`: what lacks it is no checkpoint and is
+    removed by the next save or load. A checkpoint of the same step is replaced.
+
+    extra: any JSON, returned by `load_checkpoint`. keep: remove all but the last so many, once this one is committed.
+    blocking=False: the state is copied to CPU memory, then written while training goes on; one save at a time, so
+    the next one first waits. All ranks need to see the same directory; collectives go through a gloo group of their
+    own. ValueError for bad arguments, and, here or from `wait()`, where a save failed.
+    """
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise ValueError(f"step is {step!r}; it must be an integer of at least 0, the number of steps done")
+    if keep is not None and keep < 1:
+        raise ValueError(f"keep is {keep}; it must be at least 1, or None to keep all checkpoints")
+    try:
+        extra = json.loads(json.dumps(extra or {}))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"extra must be JSON (dicts, lists, strings, numbers): {error}") from error
+    ranks = channel()
+    ranks.settle()
+    names, optim = optimizer_state(model, opt)
+    record = {**record_of(opt, names), "step": step, "world_size": ranks.world_size, "extra": extra}
+    folder = Path(path).absolute() / manifest.step_name(step)
+    state = {MODEL: get_model_state_dict(model), OPTIM: optim}
+    writer = CheckpointWriter(folder, record, keep)
+    options: dict[str, Any] = {"process_group": ranks.group, "no_dist": ranks.no_dist}
+    quiet(ranks)
+    if blocking:
+        try:
+            save(state, storage_writer=writer, **options)
+        except CheckpointException as error:
+            raise failed(folder, error) from error
+        return Save(folder)
+    future = async_save(state, storage_writer=writer, **options)
+    assert isinstance(future, Future)
+    ranks.pending = Save(folder, future)
+    return ranks.pending
+
+
+def optimizer_state(model: torch.nn.Module, opt: torch.optim.Optimizer) -> tuple[list[list[str]], dict[str, Any]]:
+    """(names of the parameters of every group, the optimizer's nested state dict by those names)."""
+    for group in opt.param_groups:
+        if any(lazy.is_meta(p) for p in group["params"]):
+            raise ValueError("the optimizer holds parameters on the meta device; save and load after to_empty")
+    try:
+        state: dict[str, Any] = dict(get_optimizer_state_dict(model, opt))
+    except KeyError as error:
+        raise ValueError(
+            f"the optimizer holds a parameter that this model has not ({error}): it was built before fully_shard or "
+            "to_empty replaced the parameters, or for another model"
+        ) from error
+    names = [list(group["params"]) for group in state["param_groups"]]
+    for group, recipe in zip(state["param_groups"], getattr(opt, "recipes", ())):
+        coupled = any(addon.name == "l2" for addon in recipe.addons)
+        for key, value in torchs_switches(coupled, bool(getattr(recipe.rule, "nesterov", False))).items():
+            group.setdefault(key, value)
+    return names, state
+
+
+def torchs_switches(coupled: bool, nesterov: bool) -> dict[str, Any]:
+    """What torch.optim's own groups hold besides numbers: without them torch could not load fp32 state of ours."""
+    off = dict.fromkeys(("amsgrad", "maximize", "capturable", "differentiable"), False)
+    return {**off, "foreach": None, "fused": None, "nesterov": nesterov, "decoupled_weight_decay": not coupled}
+
+
+def record_of(opt: torch.optim.Optimizer, names: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """What the manifest says about the optimizer: recipes by group, and how every parameter's slots are stored."""
+    described = [recipe.describe() for recipe in getattr(opt, "recipes", ())]
+    described = described or [{"optimizer": type(opt).__name__} for _ in names]
+    parameters: dict[str, Any] = {}
+    for number, (group, group_names) in enumerate(zip(opt.param_groups, names)):
+        for name, p in zip(group_names, group["params"]):
+            state = opt.state[p] if p in opt.state else {}
+            codecs = opt.recipes[number].codecs(view_shape(tuple(p.shape)), p.dtype) if hasattr(opt, "recipes") else {}
+            parameters[name] = {
+                "shape": list(p.shape),
+                "dtype": name_of(p.dtype),
+                "slots": {slot: codec.describe() for slot, codec in codecs.items()} if state else {},
+                "parts": {
+                    part: {"shape": list(tensor.shape), "dtype": name_of(tensor.dtype)}
+                    for part, tensor in state.items()
+                    if isinstance(tensor, Tensor)
+                },
+            }
+    recipes = [{**recipe, "params": list(group)} for recipe, group in zip(described, names)]
+    return {"format": manifest.FORMAT, "torch": torch.__version__, "recipes": recipes, "parameters": parameters}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def load_checkpoint(
+    path: Any,
+    model: torch.nn.Module,
+    opt: torch.optim.Optimizer,
+    *,
+    step: Any = "latest",
+    verify: bool | None = None,
+    optim_key: str = OPTIM,
+    model_key: str = MODEL,
+) -> dict[str, Any] | None:
+    """Load model and optimizer in place, on any mesh; returns what was saved as `extra`, with "step".
+
+    path: a directory of steps, or one checkpoint of ours or of plain torch.distributed.checkpoint (of a torch.optim
+    optimizer too, nested or flattened). Another codec, add-on or rounding than the saved one is transcoded, in
+    buckets; another rule is a ValueError. Parameters that the checkpoint lacks are listed in one warning; their
+    state starts fresh. Hyper-parameters of the groups are restored.
+
+    step: "latest" removes what saves that never ended have left, takes the newest checkpoint whose files are intact
+    and warns of every damaged one; None is returned where there is none. A number: that step or a ValueError.
+    verify: whether checksums are compared (sizes always are); None: where all files are below 20 GB. Nothing is
+    changed when a ValueError is raised for what does not match.
+    """
+    if step != "latest" and (isinstance(step, bool) or not isinstance(step, int)):
+        raise ValueError(f"step is {step!r}; it must be 'latest' or an integer")
+    ranks, root = channel(), Path(path).absolute()
+    ranks.settle()
+
+    def load(folder: Path) -> dict[str, Any]:
+        return load_folder(folder, model, opt, ranks, verify, (model_key, optim_key))
+
+    single, found = ranks.on_first(lambda: look(root, step == "latest"))
+    if single:
+        return load(root)
+    if step != "latest":
+        if step not in found:
+            raise ValueError(f"{root} has no checkpoint of step {step}; it has {', '.join(map(str, found)) or 'none'}")
+        return load(found[step])
+    troubles = []
+    for folder in reversed(found.values()):
+        try:
+            return load(folder)
+        except Damaged as error:
+            troubles.append(str(error))
+            if ranks.rank == 0:
+                warnings.warn(f"{error}. Trying the checkpoint before it", stacklevel=2)
+    if troubles:
+        raise ValueError(f"every checkpoint in {root} is damaged: {'; '.join(troubles)}")
+    return None
+
+
+def look(root: Path, clean: bool) -> tuple[bool, dict[int, Path]]:
+    """(whether `root` is itself a checkpoint, else its checkpoints by step), after what crashes left is removed."""
+    if manifest.is_checkpoint(root):
+        return True, {}
+    if clean:
+        manifest.clean(root)
+    return False, manifest.committed(root)
+
+
+def load_folder(
+    folder: Path,
+    model: torch.nn.Module,
+    opt: torch.optim.Optimizer,
+    ranks: Channel,
+    verify: bool | None,
+    keys: tuple[str, str],
+) -> dict[str, Any]:
+    """Load one checkpoint. Damaged where its files are; ValueError where it is another model's or rule's."""
+    opened: list[Stored] = []
+    ranks.everywhere(lambda: opened.append(Stored(folder)))
+    stored = opened[0]
+    if stored.manifest is not None:
+        total = sum(file["size"] for file in stored.manifest["files"].values())
+        checksums = total < VERIFIED_BYTES if verify is None else verify
+        share = (checksums, ranks.rank, ranks.world_size)
+        wrong = sum(ranks.everywhere(lambda: manifest.damaged_files(folder, stored.manifest or {}, *share)), [])
+        if wrong:
+            raise Damaged("; ".join(wrong))
+    model_state = get_model_state_dict(model)
+    plan = Plan()
+    plan_model(plan, stored, model_state, keys[0])
+    if hasattr(opt, "recipes"):
+        count = load_ours(plan, stored, model, opt, ranks, keys[1], model_state, keys[0])
+    else:
+        count = load_torchs(plan, stored, model, opt, ranks, keys[1])
+    report(plan, folder, ranks)
+    values = {name: stored_value for name, stored_value in model_state.items()}
+    set_model_state_dict(model, values)
+    if stored.manifest is None:
+        return {"step": count}
+    return {**stored.manifest["extra"], "step": stored.manifest["step"]}

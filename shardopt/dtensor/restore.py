@@ -1,0 +1,162 @@
+"""What of a stored checkpoint goes where: read in place, transcoded, or started fresh; all decided before any is written."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardopt.codecs import Codec, view_shape
+from shardopt.dtensor import lazy
+from shardopt.dtensor.layout import Layout, local_of
+from shardopt.dtensor.saved_groups import SavedGroups
+from shardopt.dtensor.stored import Stored, put
+from shardopt.dtensor.transcode import Job
+from shardopt.recipe import Recipe
+from shardopt.state import KEY, STEP, part_name, part_specs
+
+
+@dataclass
+class Plan:
+    """What a load will do. reads: entry -> tensor to be read into. steps: entry of a plain number -> step count.
+
+    fresh: (state, slots, layout, device) to start anew. missing: what the checkpoint does not have, in words.
+    """
+
+    reads: dict[str, Any] = field(default_factory=dict)
+    steps: dict[str, Tensor] = field(default_factory=dict)
+    jobs: list[Job] = field(default_factory=list)
+    fresh: list[tuple[dict[str, Tensor], dict[str, Codec], Layout, torch.device]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    cast: list[str] = field(default_factory=list)
+
+
+def plan_model(plan: Plan, stored: Stored, model_state: Mapping[str, Any], key: str) -> None:
+    """Every entry of the model's state dict that the checkpoint has; ValueError for another shape or none at all."""
+    prefix = f"{key}." if key else ""
+    found = {name: value for name, value in model_state.items() if prefix + name in stored.entries}
+    if model_state and not found:
+        raise ValueError(
+            f"{stored.folder} has none of the model's parameters under {key!r}; its top-level names are "
+            f"{', '.join(stored.top_level())}. Give the right one as model_key"
+        )
+    for name, value in model_state.items():
+        if name not in found:
+            plan.missing.append(f"{name} (the model's)")
+            continue
+        have = stored.tensor(prefix + name)
+        if isinstance(value, Tensor) and have is not None:
+            if have[0] != tuple(value.shape):
+                raise ValueError(
+                    f"{name} has shape {have[0]} in {stored.folder}, {tuple(value.shape)} in this model; build the "
+                    "model that was saved"
+                )
+            if have[1] != value.dtype:
+                plan.cast.append(f"{name} ({have[1]} to {value.dtype})")
+        plan.reads[prefix + name] = value if isinstance(value, Tensor) else None
+
+
+@dataclass
+class OptimizerPlanner:
+    """Adds to a plan what an optimizer's parameters need. key: the optimizer's name in the checkpoint."""
+
+    plan: Plan
+    stored: Stored
+    opt: Any
+    groups: SavedGroups
+    key: str
+
+    def add(self, names: Sequence[Sequence[str]]) -> None:
+        """All parameters; names: per group. ValueError for a rule, slot or shape that does not match."""
+        self.have = self.suffixes({name for group in names for name in group})
+        if not any(self.have.values()) and any(names):
+            raise ValueError(
+                f"{self.stored.folder} has no state of this optimizer's parameters under {self.key!r}; its top-level "
+                f"names are {', '.join(self.stored.top_level())}. Give the right one as optim_key"
+            )
+        for recipe, group, group_names in zip(self.opt.recipes, self.opt.param_groups, names):
+            for name, p in zip(group_names, group["params"]):
+                if p in self.opt.state:  # a frozen parameter has none
+                    self.parameter(name, p, recipe)
+
+    def suffixes(self, known: set[str]) -> dict[str, set[str]]:
+        """Parameter -> names of its state's entries; the longest name that fits owns an entry."""
+        found: dict[str, set[str]] = {name: set() for name in known}
+        prefix = f"{self.key}.state."
+        manifest = self.stored.manifest or {}
+        every = known | set(manifest.get("parameters", ())) | set(self.groups.names)
+        for entry in self.stored.entries:
+            words = entry[len(prefix) :].split(".") if entry.startswith(prefix) else []
+            for end in range(len(words) - 1, 0, -1):
+                owner = ".".join(words[:end])
+                if owner in every:
+                    found.setdefault(owner, set()).add(".".join(words[end:]))
+                    break
+        return found
+
+    def parameter(self, name: str, p: Tensor, recipe: Recipe) -> None:
+        have, prefix = self.have[name], f"{self.key}.state.{name}."
+        told = (self.stored.manifest or {}).get("parameters", {}).get(name)
+        view, shape, state = view_shape(tuple(p.shape)), tuple(p.shape), dict(self.opt.state[p])
+        layout, device = self.opt.layout(p), lazy.local_device(p)
+        codecs = recipe.codecs(view, p.dtype)
+        if not have:
+            self.plan.missing.append(f"{name} (its optimizer state)")
+            self.plan.fresh.append((state, codecs, layout, device))
+            state[STEP].zero_()
+            return
+        self.check_rule(name, recipe, have, set(codecs))
+        signed = {slot.name: slot.signed for slot in (*recipe.slots(), *recipe.write.slots(p.dtype))}
+        for slot, new in codecs.items():
+            told_codec = told["slots"].get(slot) if told else None
+            old = self.stored.codec_of(prefix, slot, signed[slot], shape, view, told_codec)
+            if old is None and slot in {s.name for s in recipe.rule.slots()}:
+                raise ValueError(
+                    f"{name}: slot {slot} of shape {shape} is not in {self.stored.folder}, which holds "
+                    f"{', '.join(sorted(have))} for it (recipe here: {recipe.key()}). Load it with the optimizer that "
+                    "saved it"
+                )
+            if old is None:
+                self.plan.fresh.append((state, {slot: new}, layout, device))
+            elif type(old) is type(new) and old.parts(view) == new.parts(view):
+                for part in new.parts(view):
+                    self.plan.reads[prefix + part_name(slot, part.suffix)] = state[part_name(slot, part.suffix)]
+            else:
+                self.plan.jobs.append(Job(prefix, slot, old, new, layout, layout, state, device))
+        self.counters(prefix, state)
+
+    def counters(self, prefix: str, state: Mapping[str, Tensor]) -> None:
+        """step, and the key of the noise where this recipe draws some and the saved one did too."""
+        if self.stored.tensor(prefix + STEP) is not None:
+            self.plan.reads[prefix + STEP] = state[STEP]
+        else:
+            self.plan.steps[prefix + STEP] = state[STEP]
+        if KEY in state and self.stored.tensor(prefix + KEY) is not None:
+            self.plan.reads[prefix + KEY] = state[KEY]
+
+    def check_rule(self, name: str, recipe: Recipe, have: set[str], slots: set[str]) -> None:
+        """ValueError where the checkpoint's state is another rule's: by its recipe, else by its slots."""
+        theirs = self.groups.recipe_of(name)
+        if theirs is not None:
+            if theirs.split("/")[0] != recipe.rule.key():
+                raise ValueError(
+                    f"{name} was saved in {self.stored.folder} with recipe {theirs}, this optimizer has "
+                    f"{recipe.key()}: another rule's state has another meaning. Build the optimizer with the saved "
+                    "rule, or load the model alone"
+                )
+            return
+        strange = sorted(s for s in have - {STEP, KEY} if not any(s == x or s.startswith(x + ".") for x in slots))
+        if strange:
+            raise ValueError(
+                f"{name} has {', '.join(strange)} in {self.stored.folder}, which recipe {recipe.key()} (slots "
+                f"{', '.join(sorted(slots)) or 'none'}) does not know: it was saved by another optimizer. Build the "
+                "one that saved it"
+            )
+
+
+def start_fresh(plan: Plan) -> None:
+    """Write the state of a first step where the checkpoint has none."""
+    for state, codecs, layout, device in plan.fresh:
+        for name, part in part_specs(codecs, layout).items():
+            put(state[name], local_of(layout.new(part, device)))
