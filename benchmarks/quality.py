@@ -150,9 +150,8 @@ def run(names: list[str], seeds: list[int], lr: float, embed_lr: float, config: 
 def table() -> None:
     """Mean loss, and the mean and spread of the paired differences to the baseline of the same rates and seeds."""
     rows = {key_of(row): row["loss"] for row in read()}
-    print(
-        f"{'contender':44} {'lr':>8} {'embed':>6} {'steps':>5} {'seeds':>5} {'loss':>9} {'difference':>11} {'spread':>8}"
-    )
+    header = ("lr", 8), ("embed", 6), ("steps", 5), ("seeds", 5), ("loss", 9), ("difference", 11), ("spread", 8)
+    print(f"{'contender':44}", *(f"{word:>{width}}" for word, width in header))
     for name, lr, embed_lr, steps in sorted({(k[0], *k[2:]) for k in rows}, key=str):
         base = "999-fp32" if name.startswith("999") else "adamw-fp32"
         losses = {k[1]: v for k, v in rows.items() if (k[0], *k[2:]) == (name, lr, embed_lr, steps)}

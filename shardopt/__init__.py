@@ -11,6 +11,7 @@ from shardopt.addons import (
     RMSClip,
     WeightDecay,
 )
+from shardopt.dtensor.checkpoint import load_checkpoint, save_checkpoint
 from shardopt.optimizer import ShardedOptimizer
 from shardopt.presets import SGD, Adafactor, Adam, AdamW, Lion, RMSprop
 from shardopt.recipe import Recipe

@@ -1,32 +1,22 @@
-"""Saves model and optimizer as torch.distributed.checkpoint does, committed and checked; loads onto any mesh and codec."""
+"""Saves model and optimizer as torch.distributed.checkpoint does, committed and checked; loads on any mesh and codec."""
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint import async_save, save
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from shardopt.codecs import view_shape
-from shardopt.dtensor import lazy, manifest, transcode
 from shardopt.dtensor.channel import Channel, channel
-from shardopt.dtensor.manifest import Damaged
-from shardopt.dtensor.restore import OptimizerPlanner, Plan, plan_model, start_fresh
-from shardopt.dtensor.saved_groups import SavedGroups
+from shardopt.dtensor.manifest import Damaged, clean, committed, damaged_files, is_checkpoint, step_name
+from shardopt.dtensor.record import optimizer_state, record_of
+from shardopt.dtensor.restore import restore
 from shardopt.dtensor.stored import Stored, quiet, reasons
 from shardopt.dtensor.writer import CheckpointWriter
-from shardopt.state import STEP
 
 MODEL, OPTIM = "model", "optim"
 VERIFIED_BYTES = 20_000_000_000  # checkpoints below this have their checksums verified unless told otherwise
@@ -91,7 +81,7 @@ def save_checkpoint(
     ranks.settle()
     names, optim = optimizer_state(model, opt)
     record = {**record_of(opt, names), "step": step, "world_size": ranks.world_size, "extra": extra}
-    folder = Path(path).absolute() / manifest.step_name(step)
+    folder = Path(path).absolute() / step_name(step)
     state = {MODEL: get_model_state_dict(model), OPTIM: optim}
     writer = CheckpointWriter(folder, record, keep)
     options: dict[str, Any] = {"process_group": ranks.group, "no_dist": ranks.no_dist}
@@ -106,59 +96,6 @@ def save_checkpoint(
     assert isinstance(future, Future)
     ranks.pending = Save(folder, future)
     return ranks.pending
-
-
-def optimizer_state(model: torch.nn.Module, opt: torch.optim.Optimizer) -> tuple[list[list[str]], dict[str, Any]]:
-    """(names of the parameters of every group, the optimizer's nested state dict by those names)."""
-    for group in opt.param_groups:
-        if any(lazy.is_meta(p) for p in group["params"]):
-            raise ValueError("the optimizer holds parameters on the meta device; save and load after to_empty")
-    try:
-        state: dict[str, Any] = dict(get_optimizer_state_dict(model, opt))
-    except KeyError as error:
-        raise ValueError(
-            f"the optimizer holds a parameter that this model has not ({error}): it was built before fully_shard or "
-            "to_empty replaced the parameters, or for another model"
-        ) from error
-    names = [list(group["params"]) for group in state["param_groups"]]
-    for group, recipe in zip(state["param_groups"], getattr(opt, "recipes", ())):
-        coupled = any(addon.name == "l2" for addon in recipe.addons)
-        for key, value in torchs_switches(coupled, bool(getattr(recipe.rule, "nesterov", False))).items():
-            group.setdefault(key, value)
-    return names, state
-
-
-def torchs_switches(coupled: bool, nesterov: bool) -> dict[str, Any]:
-    """What torch.optim's own groups hold besides numbers: without them torch could not load fp32 state of ours."""
-    off = dict.fromkeys(("amsgrad", "maximize", "capturable", "differentiable"), False)
-    return {**off, "foreach": None, "fused": None, "nesterov": nesterov, "decoupled_weight_decay": not coupled}
-
-
-def record_of(opt: torch.optim.Optimizer, names: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """What the manifest says about the optimizer: recipes by group, and how every parameter's slots are stored."""
-    described = [recipe.describe() for recipe in getattr(opt, "recipes", ())]
-    described = described or [{"optimizer": type(opt).__name__} for _ in names]
-    parameters: dict[str, Any] = {}
-    for number, (group, group_names) in enumerate(zip(opt.param_groups, names)):
-        for name, p in zip(group_names, group["params"]):
-            state = opt.state[p] if p in opt.state else {}
-            codecs = opt.recipes[number].codecs(view_shape(tuple(p.shape)), p.dtype) if hasattr(opt, "recipes") else {}
-            parameters[name] = {
-                "shape": list(p.shape),
-                "dtype": name_of(p.dtype),
-                "slots": {slot: codec.describe() for slot, codec in codecs.items()} if state else {},
-                "parts": {
-                    part: {"shape": list(tensor.shape), "dtype": name_of(tensor.dtype)}
-                    for part, tensor in state.items()
-                    if isinstance(tensor, Tensor)
-                },
-            }
-    recipes = [{**recipe, "params": list(group)} for recipe, group in zip(described, names)]
-    return {"format": manifest.FORMAT, "torch": torch.__version__, "recipes": recipes, "parameters": parameters}
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def load_checkpoint(
@@ -211,44 +148,29 @@ def load_checkpoint(
     return None
 
 
-def look(root: Path, clean: bool) -> tuple[bool, dict[int, Path]]:
+def look(root: Path, tidy: bool) -> tuple[bool, dict[int, Path]]:
     """(whether `root` is itself a checkpoint, else its checkpoints by step), after what crashes left is removed."""
-    if manifest.is_checkpoint(root):
+    if is_checkpoint(root):
         return True, {}
-    if clean:
-        manifest.clean(root)
-    return False, manifest.committed(root)
+    if tidy:
+        clean(root)
+    return False, committed(root)
 
 
 def load_folder(
-    folder: Path,
-    model: torch.nn.Module,
-    opt: torch.optim.Optimizer,
-    ranks: Channel,
-    verify: bool | None,
-    keys: tuple[str, str],
+    folder: Path, model: torch.nn.Module, opt: Any, ranks: Channel, verify: bool | None, keys: tuple[str, str]
 ) -> dict[str, Any]:
     """Load one checkpoint. Damaged where its files are; ValueError where it is another model's or rule's."""
     opened: list[Stored] = []
     ranks.everywhere(lambda: opened.append(Stored(folder)))
     stored = opened[0]
-    if stored.manifest is not None:
-        total = sum(file["size"] for file in stored.manifest["files"].values())
-        checksums = total < VERIFIED_BYTES if verify is None else verify
-        share = (checksums, ranks.rank, ranks.world_size)
-        wrong = sum(ranks.everywhere(lambda: manifest.damaged_files(folder, stored.manifest or {}, *share)), [])
-        if wrong:
-            raise Damaged("; ".join(wrong))
-    model_state = get_model_state_dict(model)
-    plan = Plan()
-    plan_model(plan, stored, model_state, keys[0])
-    if hasattr(opt, "recipes"):
-        count = load_ours(plan, stored, model, opt, ranks, keys[1], model_state, keys[0])
-    else:
-        count = load_torchs(plan, stored, model, opt, ranks, keys[1])
-    report(plan, folder, ranks)
-    values = {name: stored_value for name, stored_value in model_state.items()}
-    set_model_state_dict(model, values)
-    if stored.manifest is None:
-        return {"step": count}
-    return {**stored.manifest["extra"], "step": stored.manifest["step"]}
+    told = stored.manifest
+    if told is None:
+        return {"step": restore(stored, model, opt, ranks, keys)}
+    total = sum(file["size"] for file in told["files"].values())
+    checksums = total < VERIFIED_BYTES if verify is None else verify
+    wrong = ranks.everywhere(lambda: damaged_files(folder, told, checksums, ranks.rank, ranks.world_size))
+    if any(wrong):
+        raise Damaged("; ".join(text for each in wrong for text in each))
+    restore(stored, model, opt, ranks, keys)
+    return {**told["extra"], "step": told["step"]}

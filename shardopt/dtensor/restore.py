@@ -1,15 +1,20 @@
-"""What of a stored checkpoint goes where: read in place, transcoded, or started fresh; all decided before any is written."""
+"""What of a checkpoint goes where: read in place, transcoded or started fresh; all decided before any is written."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from shardopt.codecs import Codec, view_shape
-from shardopt.dtensor import lazy
+from shardopt.dtensor import lazy, transcode
+from shardopt.dtensor.channel import Channel
 from shardopt.dtensor.layout import Layout, local_of
+from shardopt.dtensor.record import optimizer_state
 from shardopt.dtensor.saved_groups import SavedGroups
 from shardopt.dtensor.stored import Stored, put
 from shardopt.dtensor.transcode import Job
@@ -21,13 +26,15 @@ from shardopt.state import KEY, STEP, part_name, part_specs
 class Plan:
     """What a load will do. reads: entry -> tensor to be read into. steps: entry of a plain number -> step count.
 
-    fresh: (state, slots, layout, device) to start anew. missing: what the checkpoint does not have, in words.
+    fresh: (state, slots, layout, device) to start anew. unstepped: step counts to be reset. missing: what the
+    checkpoint does not have; cast: model entries of another dtype; both in words.
     """
 
     reads: dict[str, Any] = field(default_factory=dict)
     steps: dict[str, Tensor] = field(default_factory=dict)
     jobs: list[Job] = field(default_factory=list)
     fresh: list[tuple[dict[str, Tensor], dict[str, Codec], Layout, torch.device]] = field(default_factory=list)
+    unstepped: list[Tensor] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     cast: list[str] = field(default_factory=list)
 
@@ -75,10 +82,30 @@ class OptimizerPlanner:
                 f"{self.stored.folder} has no state of this optimizer's parameters under {self.key!r}; its top-level "
                 f"names are {', '.join(self.stored.top_level())}. Give the right one as optim_key"
             )
-        for recipe, group, group_names in zip(self.opt.recipes, self.opt.param_groups, names):
+        recipes = getattr(self.opt, "recipes", [None] * len(names))
+        for recipe, group, group_names in zip(recipes, self.opt.param_groups, names):
             for name, p in zip(group_names, group["params"]):
-                if p in self.opt.state:  # a frozen parameter has none
+                if p not in self.opt.state:
+                    continue  # a frozen parameter has none
+                if recipe is None:
+                    self.parameter_of_torch(name, self.opt.state[p])
+                else:
                     self.parameter(name, p, recipe)
+
+    def parameter_of_torch(self, name: str, state: Mapping[str, Any]) -> None:
+        """Of an optimizer without recipes: every tensor of its state by its name."""
+        if not self.have[name]:
+            self.plan.missing.append(f"{name} (its optimizer state)")
+            return
+        for slot, value in state.items():
+            entry = f"{self.key}.state.{name}.{slot}"
+            found = self.stored.tensor(entry)
+            if not isinstance(value, Tensor) or found is None or found[0] != tuple(value.shape):
+                raise ValueError(
+                    f"{name}: {slot} is not in {self.stored.folder} as {type(self.opt).__name__} needs it, which "
+                    f"holds {', '.join(sorted(self.have[name]))}. torch.optim loads fp32 state of the same rule only"
+                )
+            self.plan.reads[entry] = value
 
     def suffixes(self, known: set[str]) -> dict[str, set[str]]:
         """Parameter -> names of its state's entries; the longest name that fits owns an entry."""
@@ -104,7 +131,7 @@ class OptimizerPlanner:
         if not have:
             self.plan.missing.append(f"{name} (its optimizer state)")
             self.plan.fresh.append((state, codecs, layout, device))
-            state[STEP].zero_()
+            self.plan.unstepped.append(state[STEP])
             return
         self.check_rule(name, recipe, have, set(codecs))
         signed = {slot.name: slot.signed for slot in (*recipe.slots(), *recipe.write.slots(p.dtype))}
@@ -155,8 +182,42 @@ class OptimizerPlanner:
             )
 
 
-def start_fresh(plan: Plan) -> None:
-    """Write the state of a first step where the checkpoint has none."""
+def carry_out(plan: Plan, stored: Stored, ranks: Channel, answers: Any) -> dict[str, Any]:
+    """Write everything that was planned; returns the entries read that are no tensors, by name."""
+    values = stored.read({**plan.reads, **dict.fromkeys(plan.steps)}, ranks)
+    for name, target in plan.steps.items():
+        target.fill_(values[name])
+    for target in plan.unstepped:
+        target.zero_()
     for state, codecs, layout, device in plan.fresh:
         for name, part in part_specs(codecs, layout).items():
             put(state[name], local_of(layout.new(part, device)))
+    transcode.run(plan.jobs, stored, ranks, answers)
+    return values
+
+
+def restore(stored: Stored, model: torch.nn.Module, opt: Any, ranks: Channel, keys: tuple[str, str]) -> int:
+    """Load model and optimizer in place, under these keys; returns the largest step count that was loaded."""
+    plan, model_state = Plan(), get_model_state_dict(model)
+    names, _ = optimizer_state(model, opt)
+    groups = SavedGroups(stored, ranks, keys[1], [name for group in names for name in group])
+    plan_model(plan, stored, model_state, keys[0])
+    planner = OptimizerPlanner(plan, stored, opt, groups, keys[1])
+    planner.add(names)
+    if ranks.rank == 0:
+        report(plan, stored.folder)
+    values = carry_out(plan, stored, ranks, getattr(opt, "answers", None))
+    prefix = f"{keys[0]}." if keys[0] else ""
+    set_model_state_dict(model, {name: values.get(prefix + name, value) for name, value in model_state.items()})
+    for group, group_names in zip(opt.param_groups, names):
+        groups.restore(group, group_names)
+    if hasattr(opt, "calls"):
+        opt.calls = max(opt.calls, 1)
+    return max((int(state[STEP]) for state in opt.state.values() if STEP in state), default=0)
+
+
+def report(plan: Plan, folder: Path) -> None:
+    if plan.missing:
+        warnings.warn(f"{folder} lacks {', '.join(plan.missing)}: left as they are, or started fresh", stacklevel=2)
+    if plan.cast:
+        warnings.warn(f"{folder} has other dtypes, which were converted: {', '.join(plan.cast)}", stacklevel=2)

@@ -83,7 +83,7 @@ class Stored:
             blocked = [cls for cls in CODECS.values() if "block" in cls.__dataclass_fields__]
             candidates += [cls(block=block) for cls in blocked for block in BLOCKS]
         for candidate in candidates:
-            if (candidate.signed if signed else candidate.non_negative):
+            if candidate.signed if signed else candidate.non_negative:
                 settled = candidate.for_slot(signed)
                 if self.holds(prefix, slot, settled, shape, view):
                     return settled
