@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from launch import data
 from launch.config import Config
 from launch.model import Decoder
 from launch.weights import init_weights
-from tests.bad_codecs import LinearUint8
+from tests.bad_codecs import LinearUint4, LinearUint8
 
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 SMALL = Config(
@@ -36,7 +37,7 @@ LONG = replace(SMALL, dim=128, layers=5, hidden=384, steps=1000)
 Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
-def adamw(state: Any, beta2: float = 0.95, **options: Any) -> Make:
+def adamw(state: Any, beta2: float = 0.999, **options: Any) -> Make:
     return lambda groups: shardopt.AdamW(groups, betas=(0.9, beta2), weight_decay=0.1, state=state, **options)
 
 
@@ -54,15 +55,15 @@ CONTENDERS: dict[str, Make] = {
     "adamw-fp32-bf16-nearest": adamw("fp32"),
     "adamw-fp32-bf16-kahan": adamw("fp32", rounding="kahan"),
     "control-linear-uint8": adamw(mapped("int8", LinearUint8())),
-    "control-int4-m-int4-nearest-v": adamw(mapped("int4", "log4(rounding='nearest')")),
-    "999-fp32": adamw("fp32", 0.999),
-    "999-int8": adamw("int8", 0.999),
-    "999-int4": adamw("int4", 0.999),
+    "control-linear-int4": adamw(mapped("int4", LinearUint4())),
+    "beta95-fp32": adamw("fp32", 0.95),
+    "beta95-int8": adamw("int8", 0.95),
+    "beta95-int4": adamw("int4", 0.95),
 }
 for signed in ("int8", "sqrt8", "dyn8", "int4", "dyn4", "fp8", "int4(block=64)", "dyn4(block=64)"):
     for second in ("log8", "root4", "dyn8", "log4", "factored", "fp32"):
         CONTENDERS[f"adamw-{signed}-{second}"] = adamw(mapped(signed, second))
-        CONTENDERS[f"999-{signed}-{second}"] = adamw(mapped(signed, second), 0.999)
+        CONTENDERS[f"beta95-{signed}-{second}"] = adamw(mapped(signed, second), 0.95)
 
 
 def groups_of(model: nn.Module, lr: float, embed_lr: float) -> list[dict[str, Any]]:
@@ -153,13 +154,13 @@ def table() -> None:
     header = ("lr", 8), ("embed", 6), ("steps", 5), ("seeds", 5), ("loss", 9), ("difference", 11), ("spread", 8)
     print(f"{'contender':44}", *(f"{word:>{width}}" for word, width in header))
     for name, lr, embed_lr, steps in sorted({(k[0], *k[2:]) for k in rows}, key=str):
-        base = "999-fp32" if name.startswith("999") else "adamw-fp32"
+        base = "beta95-fp32" if name.startswith("beta95") else "adamw-fp32"
         losses = {k[1]: v for k, v in rows.items() if (k[0], *k[2:]) == (name, lr, embed_lr, steps)}
         pairs = [
             v - rows[base, s, lr, embed_lr, steps] for s, v in losses.items() if (base, s, lr, embed_lr, steps) in rows
         ]
         difference = f"{statistics.mean(pairs):+11.5f}" if pairs else " " * 11
-        spread = f"{statistics.stdev(pairs):8.5f}" if len(pairs) > 1 else " " * 8
+        spread = f"{statistics.stdev(pairs):8.5f}" if len(pairs) > 1 and all(map(isfinite, pairs)) else " " * 8
         mean = statistics.mean(losses.values())
         print(f"{name:44} {lr:8.1e} {embed_lr:6.0e} {steps:5} {len(losses):5} {mean:9.5f} {difference} {spread}")
 
@@ -169,8 +170,8 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "table", "names"))
     parser.add_argument("--only", nargs="*", default=["adamw-fp32", "adamw-int8", "adamw-int4"])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--embed-lr", type=float, default=3e-2)
+    parser.add_argument("--lr", type=float, default=6e-3)
+    parser.add_argument("--embed-lr", type=float, default=6e-2)
     parser.add_argument("--long", action="store_true", help="1,000 steps of a model of 1M parameters")
     options = parser.parse_args()
     if options.what == "run":

@@ -38,5 +38,7 @@ __all__ = [
     "ShardedOptimizer",
     "StateBytes",
     "WeightDecay",
+    "load_checkpoint",
+    "save_checkpoint",
     "state_bytes",
 ]

@@ -92,20 +92,20 @@ def drive(steps: Sequence[Asking], layouts: Sequence[Any], answers: Any) -> Iter
 
 
 def buckets(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """Cut in registration order from GLOBAL facts: one mesh, one set of sharding axes, a bounded size."""
-    bucket: list[Item] = []
-    place: Any = None
-    elements = 0
+    """By mesh and sharding axes as they first appear, then cut in registration order by GLOBAL sizes."""
+    places: dict[Any, list[Item]] = {}
     for item in items:
-        layout = item.layout
-        here = (id(layout.mesh), layout.sharding)
-        share = layout.numel // max(1, layout.ranks)
-        if bucket and (here != place or elements + share > BUCKET_ELEMENTS):
-            yield bucket
-            bucket, elements = [], 0
-        place, elements = here, elements + share
-        bucket.append(item)
-    if bucket:
+        places.setdefault((id(item.layout.mesh), item.layout.sharding), []).append(item)
+    for here in places.values():
+        bucket: list[Item] = []
+        elements = 0
+        for item in here:
+            share = item.layout.numel // item.layout.ranks
+            if bucket and elements + share > BUCKET_ELEMENTS:
+                yield bucket
+                bucket, elements = [], 0
+            elements += share
+            bucket.append(item)
         yield bucket
 
 
@@ -115,29 +115,45 @@ def before(items: Sequence[Item], answers: Any, policy: Policy) -> tuple[dict[st
     A total is the sum over the parameters whose recipe has the add-on.
     """
     asks: list[tuple[Any, Any]] = []
-    names: list[str | None] = []
+    names: list[str] = []
     for item in items:
-        gradient: Tensor | None = None
-        for addon in item.recipe.addons:
-            if addon.before_round:
-                gradient = prepared(item, policy) if gradient is None else gradient
-                asks.append((item.layout, addon.before(gradient)))
-                names.append(addon.name)
-        if policy.nonfinite == "skip":
-            bad = (~torch.isfinite(item.grad)).sum().double()
-            asks.append((item.layout, Sum(bad, over=EVERYWHERE)))
-            names.append(None)
+        adding = [addon for addon in item.recipe.addons if addon.before_round]
+        gradient = prepared(item, policy) if adding else None
+        for addon in adding:
+            asks.append((item.layout, addon.before(gradient)))
+            names.append(addon.name)
     taken: Tensor | None = None if policy.found_inf is None else policy.found_inf.reshape(()) == 0
+    flags = nonfinite_flags(items) if policy.nonfinite == "skip" else []
+    results = answers.start(asks + flags[:1]).finish() if asks or flags else []
     totals: dict[str, Tensor] = {}
-    if not asks:
-        return totals, taken
-    for name, value in zip(names, answers.start(asks).finish()):
-        if name is None:
-            good = value == 0
-            taken = good if taken is None else taken.to(good.device) & good
-        else:
-            totals[name] = totals[name] + value.to(totals[name].device) if name in totals else value
+    for name, value in zip(names, results):
+        totals[name] = totals[name] + value.to(totals[name].device) if name in totals else value
+    if flags:
+        bad = results[-1]
+        for layout, ask in flags[1:]:  # meshes of other ranks: each hears what the one before found
+            (bad,) = answers.start([(layout, ask._replace(x=bad.to(ask.x.device)))]).finish()
+        taken = bad == 0 if taken is None else taken.to(bad.device) & (bad == 0)
     return totals, taken
+
+
+def nonfinite_flags(items: Sequence[Item]) -> list[tuple[Any, Any]]:
+    """One count of non-finite gradient elements of this rank, asked on every axis of the meshes that join all ranks.
+
+    The largest mesh comes first; others only where they reach ranks that it does not.
+    """
+    if not items:
+        return []
+    count = sum((nonfinite_count(item.grad).to(items[0].grad.device) for item in items), start=torch.zeros(()).double())
+    layouts = sorted((item.layout for item in items), key=lambda layout: -layout.mesh_ranks.numel())
+    chosen: list[Any] = []
+    for layout in layouts:
+        if not chosen or not any(set(layout.mesh_ranks.tolist()) <= set(c.mesh_ranks.tolist()) for c in chosen):
+            chosen.append(layout)
+    return [(layout, Sum(count, over=EVERYWHERE)) for layout in chosen]
+
+
+def nonfinite_count(grad: Tensor) -> Tensor:
+    return (~torch.isfinite(grad)).sum().double()
 
 
 def prepared(item: Item, policy: Policy) -> Tensor:
@@ -164,8 +180,9 @@ def step_of(item: Item, policy: Policy, totals: dict[str, Tensor], taken: Tensor
         dtype=item.p.dtype,
         totals={name: value.to(device) for name, value in totals.items()},
     )
-    p = layout.view(item.p).float()
-    delta = yield from delta_of(p, prepared(item, policy), slots, h, recipe)
+    p = layout.view(item.p)
+    delta = yield from delta_of(p.float(), prepared(item, policy), slots, h, recipe)
+    p = p if p.dtype == torch.float64 else p.float()  # float64 parameters keep their bits where nothing moves
     new = yield from recipe.write.apply(p, delta, slots, item.p.dtype, lambda: noise(PARAMETER_STREAM))
     del p, delta
     written = yield from slots.encode()
@@ -197,7 +214,7 @@ def commit(changes: Sequence[tuple[Tensor, Tensor]], taken: Tensor | None) -> No
     """Write all of one parameter; on an accelerator masked by the flag, which nobody reads."""
     for target, content in changes:
         content = content.to(target.dtype)
-        if taken is not None and target.device.type != "cpu":
+        if taken is not None and taken.device.type != "cpu":
             content = torch.where(taken.to(target.device), content, target)
         target.copy_(content)
 

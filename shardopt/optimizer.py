@@ -1,7 +1,7 @@
 """ShardedOptimizer: torch.optim.Optimizer's interface over recipes, layouts and the engine."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from copy import deepcopy
 from itertools import chain
 from typing import Any, NamedTuple
@@ -17,14 +17,13 @@ from shardopt.dtensor.answer import Answers
 from shardopt.dtensor.gradient import local_gradient
 from shardopt.dtensor.layout import Layout, checked_layout, local_of
 from shardopt.dtensor.loading import load_groups, load_states
+from shardopt.groups import COMMON, complete, settled
 from shardopt.recipe import Recipe
 from shardopt.report import explain
 from shardopt.state import make_state
 
 NONFINITE = ("propagate", "zero", "skip")
 NO_KERNELS = "there are no native kernels in this version: use fused=None or fused=False, which run the reference"
-RECIPE_KEYS = ("state", "addons", "rounding", "update_from")
-COMMON = ("lr", "maximize", "foreach", "capturable", "differentiable")  # torch's group keys, whatever the recipe
 
 
 class Plan(NamedTuple):
@@ -66,7 +65,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if fused:
             raise ValueError(NO_KERNELS)
         self.recipe = recipe
-        self.recipes: list[Recipe] = []
+        self._recipes: list[tuple[dict[str, Any], Recipe]] = []
         self.nonfinite, self.seed, self.fused = nonfinite, int(seed), fused
         self.calls = 0
         self.answers = Answers()
@@ -86,38 +85,26 @@ class ShardedOptimizer(torch.optim.Optimizer):
     # --- param groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's. The group keeps every key it came with; its recipe's key string is added as `recipe`."""
-        own = param_group.get("recipe")
-        recipe = self.recipe if own is None or (self.recipe and own == self.recipe.key()) else own
-        if not isinstance(recipe, Recipe):
-            raise ValueError(f"a param group needs a recipe (of its own or the optimizer's); got {recipe!r}")
-        changes = {name: param_group[name] for name in RECIPE_KEYS if name in param_group}
-        if changes:
-            spec = {"state": dict(recipe.state), "addons": recipe.addons, "rounding": recipe.rounding}
-            recipe = Recipe(recipe.rule, **{**spec, "update_from": recipe.update_from, **changes})
-        for name, value in self._numbers(recipe).items():
-            param_group.setdefault(name, value)
-        recipe = recipe.with_numbers(param_group)
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        """As torch's, on a copy: the group keeps the user's keys and gets its numbers and its recipe's key string."""
+        group, recipe = complete(param_group, self.recipe, self._given, self.defaults)
+        super().add_param_group(group)
         for p in group["params"]:
             if not p.is_floating_point():
                 name = self.name_of(p)
                 self.param_groups.pop()
                 raise ValueError(f"{name} is {p.dtype}; only real floating-point parameters can be optimized")
-        for name in changes:
-            if not isinstance(group[name], (str, int, float)):
-                group[name] = str(recipe.describe()[name])
-        group["recipe"] = recipe.key()
-        self.recipes.append(recipe)
+        self._recipes.append((group, recipe))
 
-    def _numbers(self, recipe: Recipe) -> dict[str, Any]:
-        """A group's defaults: what its recipe chose, else what the user gave to the optimizer, else the rule's own."""
-        if recipe.rule is (self.recipe.rule if self.recipe else None):
-            return {**recipe.defaults(), **self.defaults}
-        usual = type(recipe.rule)().defaults()
-        chosen = {name: value for name, value in recipe.defaults().items() if value != usual.get(name)}
-        return {**recipe.defaults(), **self._given, **chosen}
+    @property
+    def recipes(self) -> list[Recipe]:
+        """The recipe of every param group, in order."""
+        found = []
+        for i, group in enumerate(self.param_groups):
+            mine = [recipe for known, recipe in self._recipes if known is group]
+            if not mine:
+                raise ValueError(f"param_groups[{i}] was not added through add_param_group, which gives it its recipe")
+            found.append(mine[0])
+        return found
 
     def named_parameters(self) -> Iterable[tuple[str, Tensor]]:
         """(name, parameter) over all groups: the names given, or `param_groups[i].params[j]`."""
@@ -148,43 +135,51 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Where p lies now."""
         return next(self.plan(recipe, q).layout for recipe, _, q in self.parameters() if q is p)
 
-    def make_states(self) -> None:
-        """Fill `state` for every parameter that has none, all or nothing; does nothing while any is on meta."""
+    def make_states(self, frozen: Collection[Tensor] = ()) -> None:
+        """Fill `state` for every parameter that has none, all or nothing; does nothing while any is on meta.
+
+        Frozen parameters get theirs when they thaw, those in `frozen` now. Fresh state is made anew where its
+        parameter has moved; later state gets the parts that another dtype of the parameter needs.
+        """
         every = list(self.parameters())
         if any(lazy.is_meta(p) for *_, p in every):
             return
-        present = dict(dict.items(self.state))
         fresh: dict[Tensor, dict[str, Tensor]] = {}
         for position, (recipe, _, p) in enumerate(every):
-            if p in present and not (self.calls == 0 and self._moved(p)):
+            present = dict.get(self.state, p)
+            if present and self._made_for.get(p) == lazy.place_of(p):
                 continue
-            if not (p.requires_grad or p.grad is not None):
-                continue  # frozen: its state comes with its thawing
+            if not (present or p.requires_grad or p.grad is not None or p in frozen):
+                continue
             plan = self.plan(recipe, p)
             key = parameter_key(self.seed, position) if recipe.noisy(plan.layout.geo.view, p.dtype) else None
-            fresh[p] = make_state(plan.codecs, plan.layout, lazy.local_device(p), key)
+            made = make_state(plan.codecs, plan.layout, lazy.local_device(p), key)
+            if present and self.calls:
+                made = {name: present.get(name, part) for name, part in made.items()}
+            fresh[p] = made
         for p, state in fresh.items():
             dict.__setitem__(self.state, p, state)
             self._made_for[p] = self._plans[p].place
 
-    def _moved(self, p: Tensor) -> bool:
-        """Whether the state made here was made for another device or mesh than its parameter's now."""
-        return p in self._made_for and self._made_for[p] != lazy.place_of(p)
+    def current(self, p: Tensor) -> bool:
+        """Whether p has state that was made for where it is now."""
+        return p in self._made_for and self._made_for[p] == lazy.place_of(p)
 
     def _adopt(self, state: dict[Any, Any]) -> None:
         wrapped = lazy.LazyState(state.plain() if isinstance(state, lazy.LazyState) else state)
-        wrapped.fill = self.make_states
+        wrapped.fill, wrapped.current = self.make_states, self.current
         self.state: Any = wrapped
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {
-            name: self.__dict__[name] for name in ("recipe", "recipes", "nonfinite", "seed", "fused", "calls", "_given")
-        }
-        return {**super().__getstate__(), **kept, "state": self.state.plain(), "_skipped": self._skipped}
+        names = ("recipe", "nonfinite", "seed", "fused", "calls", "_given", "_skipped")
+        kept = {name: self.__dict__[name] for name in names}
+        return {**super().__getstate__(), **kept, "state": self.state.plain(), "_recipes": self.recipes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("answers", Answers())
+        kept: Any = self._recipes
+        self._recipes = list(zip(self.param_groups, kept))
         self._plans, self._made_for = {}, {}
         self._adopt(self.state)
 
@@ -199,11 +194,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         groups = load_groups(self.param_groups, deepcopy(state_dict["param_groups"]))
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         pairs = list(zip(saved_ids, (p for *_, p in self.parameters()), strict=True))
-        self.make_states()
+        self.make_states(frozen={p for i, p in pairs if i in state_dict["state"]})
         wanted = {p: dict.get(self.state, p) for _, p in pairs}
-        contents = load_states(pairs, state_dict["state"], wanted, dict((p, n) for n, p in self.named_parameters()))
-        for p, new in contents.items():
-            dict.__setitem__(self.state, p, new)
+        loaded = load_states(pairs, state_dict["state"], wanted, dict((p, n) for n, p in self.named_parameters()))
+        for _, p in pairs:
+            if p not in loaded:  # the saved run had no state of it, so this one begins anew
+                dict.pop(self.state, p, None)
+        self.make_states()
         for group, new in zip(self.param_groups, groups):
             group.update(new)
         self.calls = max(self.calls, 1)
@@ -212,9 +209,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     # --- the step
 
+    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step over all parameters that have a gradient; returns what the closure returned."""
+        self._settle()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -233,6 +232,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._skipped = missed if self._skipped is None else self._skipped.to(missed.device) + missed
         return loss
 
+    def _settle(self) -> None:
+        """Check the groups' numbers, and let recipes follow them while no step has been taken."""
+        for i, (group, recipe) in enumerate(zip(self.param_groups, self.recipes)):
+            now = settled(recipe, group, self.calls > 0, i)
+            if now is not recipe:
+                self._recipes = [(g, now if g is group else r) for g, r in self._recipes]
+                group["recipe"] = now.key()
+                for p in group["params"]:
+                    self._made_for.pop(p, None)
+                    self._plans.pop(p, None)
+
     def items(self) -> list[engine.Item]:
         """What the engine needs of every parameter with a gradient; checks all of them before any is touched."""
         items = []
@@ -241,7 +251,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 continue
             _, layout, codecs = self.plan(recipe, p)
             grad = local_gradient(p, layout, lambda p=p: self.name_of(p))  # type: ignore[misc]
-            state = {name: local_of(s) for name, s in dict.__getitem__(self.state, p).items()}
+            if not (stored := dict.get(self.state, p)):
+                raise ValueError(
+                    f"{self.name_of(p)} has a gradient but no state: other parameters are still on the meta device. "
+                    "Call to_empty on the whole model before the first step"
+                )
+            state = {name: local_of(s) for name, s in stored.items()}
             items.append(engine.Item(local_of(p), grad, layout, recipe, codecs, state, group))
         return items
 

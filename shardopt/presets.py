@@ -3,9 +3,10 @@
 from typing import Any
 
 from shardopt import rules
-from shardopt.addons import CautiousDecay, CoupledDecay, WeightDecay
+from shardopt.addons import CoupledDecay, WeightDecay
+from shardopt.groups import is_decay, refuse
 from shardopt.optimizer import ShardedOptimizer
-from shardopt.recipe import Recipe, addon_of
+from shardopt.recipe import Recipe, addons_of
 
 SHARED = """
     state: how states are stored: "fp32", "bf16", "int8", "int4", "factored", a codec, or a mapping from slot names to
@@ -17,10 +18,10 @@ SHARED = """
 
 def recipe_of(rule: rules.Rule, state: Any, addons: Any, rounding: str, update_from: str, decay: Any) -> Recipe:
     """The recipe of a preset: its usual decay unless the user chose one."""
-    chosen = [addon_of(addon) for addon in addons]
-    if not any(isinstance(addon, (WeightDecay, CautiousDecay, CoupledDecay)) for addon in chosen):
-        chosen.append(decay)
-    return Recipe(rule, state, tuple(chosen), rounding, update_from)
+    chosen = addons_of(addons)
+    if not any(is_decay(addon) for addon in chosen):
+        chosen = (*chosen, decay)
+    return Recipe(rule, state, chosen, rounding, update_from)
 
 
 class Preset(ShardedOptimizer):
@@ -45,8 +46,7 @@ class Preset(ShardedOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
-        if differentiable:
-            raise ValueError("differentiable=True is not supported: the step is not recorded by autograd")
+        refuse({"differentiable": differentiable})
         if not hasattr(weight_decay, "device") and weight_decay < 0:
             raise ValueError(f"weight_decay is {weight_decay}; it must be at least 0")
         recipe = recipe_of(rule, state, addons, rounding, update_from, decay)
@@ -56,16 +56,12 @@ class Preset(ShardedOptimizer):
             fused=fused,
             nonfinite=nonfinite,
             seed=seed,
+            lr=getattr(rule, "lr"),  # noqa: B009
             weight_decay=weight_decay,
             maximize=maximize,
             foreach=foreach,
             capturable=capturable,
         )
-
-
-def refuse_amsgrad(amsgrad: bool) -> None:
-    if amsgrad:
-        raise ValueError("amsgrad=True is not supported; use amsgrad=False (ADOPT is the sound form of its aim)")
 
 
 class AdamW(Preset):
@@ -86,7 +82,7 @@ class AdamW(Preset):
         nesterov: bool = False,
         **options: Any,
     ) -> None:
-        refuse_amsgrad(amsgrad)
+        refuse({"amsgrad": amsgrad})
         rule = rules.AdamW(lr=lr, betas=betas, eps=eps, bias_correction=bias_correction, atan2=atan2, nesterov=nesterov)
         super().__init__(params, rule, WeightDecay(), weight_decay, state=state, **options)
 
@@ -109,7 +105,7 @@ class Adam(Preset):
         nesterov: bool = False,
         **options: Any,
     ) -> None:
-        refuse_amsgrad(amsgrad)
+        refuse({"amsgrad": amsgrad})
         rule = rules.AdamW(lr=lr, betas=betas, eps=eps, bias_correction=bias_correction, atan2=atan2, nesterov=nesterov)
         super().__init__(params, rule, CoupledDecay(), weight_decay, state=state, **options)
 

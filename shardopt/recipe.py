@@ -1,6 +1,6 @@
 """A recipe is rule, codecs, add-ons and write policy of one parameter group: data, checked when it is made."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,20 +30,21 @@ class Recipe:
     addons: Any = ()
     rounding: str = "nearest"
     update_from: str = "fresh"
+    spec: Any = field(default=None, init=False, compare=False, repr=False)  # `state` as it was given
 
     def __post_init__(self) -> None:
         if not isinstance(self.rule, Rule):
             raise ValueError(f"rule is {self.rule!r}; give an object of shardopt.rules, such as AdamW()")
         put = object.__setattr__
-        addons = sorted((addon_of(a) for a in self.addons), key=lambda a: (a.order, a.name))
-        put(self, "addons", tuple(addons))
+        put(self, "addons", addons_of(self.addons))
         if self.rounding not in WRITES:
             raise ValueError(f"rounding is {self.rounding!r}; it must be one of {', '.join(WRITES)}")
         if self.update_from not in ("fresh", "stored"):
             raise ValueError(f"update_from is {self.update_from!r}; it must be 'fresh' or 'stored'")
         check_addons(self.rule, self.addons)
-        if not (isinstance(self.state, tuple) and all(isinstance(pair, tuple) for pair in self.state)):
-            put(self, "state", resolve_state(self.state, self.slots(), type(self.rule).__name__))
+        resolved = isinstance(self.state, tuple) and all(isinstance(pair, tuple) for pair in self.state)
+        put(self, "spec", dict(self.state) if resolved else self.state)
+        put(self, "state", resolve_state(self.spec, self.slots(), type(self.rule).__name__))
 
     @property
     def write(self) -> Nearest:
@@ -73,21 +74,10 @@ class Recipe:
             numbers.update(addon.defaults())
         return {**numbers, **self.rule.defaults()}
 
-    def with_numbers(self, group: dict[str, Any]) -> "Recipe":
-        """This recipe with the group's numbers as the rule's: checks their ranges and settles which slots exist."""
-        numbers = {name: group[name] for name in self.rule.numbers if name in group}
-        rule = replace(self.rule, **numbers)
-        same = {slot.name for slot in rule.slots()} == {slot.name for slot in self.rule.slots()}
-        if same:
-            return replace(self, rule=rule)
-        known = dict(self.state)
-        spec = {slot.name: known.get(slot.name, "fp32") for slot in Recipe(rule, addons=self.addons).slots()}
-        return replace(self, rule=rule, state=spec)
-
     def key(self) -> str:
         """The what, without numbers, devices and dtypes: `adamw/sqrt8,log8/decay/stochastic`."""
         codecs = ",".join(c.describe() for _, c in self.state) or "-"
-        addons = ",".join(addon.describe() for addon in self.addons) or "-"
+        addons = ",".join(addon.key() for addon in self.addons) or "-"
         stored = "/stored" if self.update_from == "stored" else ""
         return f"{self.rule.key()}/{codecs}/{addons}/{self.rounding}{stored}"
 
@@ -101,6 +91,13 @@ class Recipe:
             "rounding": self.rounding,
             "update_from": self.update_from,
         }
+
+
+def addons_of(specs: Any) -> tuple[Addon, ...]:
+    """Add-ons in their declared order, from objects, names, or one string of names with commas."""
+    if isinstance(specs, str):
+        specs = [name.strip() for name in specs.split(",") if name.strip()]
+    return tuple(sorted((addon_of(spec) for spec in specs), key=lambda addon: (addon.order, addon.name)))
 
 
 def addon_of(spec: Any) -> Addon:

@@ -3,30 +3,43 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from shardopt.codecs.base import Noise
+from shardopt.codecs.base import Noise, Parts
 from shardopt.codecs.block import Absmax, to_codes
+from shardopt.codecs.blocks import Blocks
 from shardopt.codecs.geometry import Geometry
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearUint8(Absmax):
-    """x / max x in 255 equal steps, nearest: small second moments become 0 and their steps explode."""
+    """x / max x in equal steps, nearest, small values becoming 0: steps explode."""
 
     name: ClassVar[str] = "linear_uint8"
     signed: ClassVar[bool] = False
     divisor: ClassVar[float] = 255.0
+    least: ClassVar[int] = 0
 
     block: int = 2048
 
     def quantise(self, ratio: Tensor, x: Tensor, geo: Geometry, noise: Noise) -> Tensor:
-        return to_codes(ratio.round().clamp(0, 255), self.dtype)
+        codes = ratio.round().clamp(0, self.divisor)
+        return to_codes(torch.where(x > 0, codes.clamp_min(self.least), codes), self.dtype)
 
     def values(self, codes: Tensor, geo: Geometry) -> Tensor:
         return codes.float()
 
-    def decode(self, parts, geo):  # type: ignore[no-untyped-def]
-        from shardopt.codecs.blocks import Blocks
-
+    def decode(self, parts: Parts, geo: Geometry) -> Tensor:
         return self.values(parts[self.name], geo) * Blocks(geo, self.block).spread(parts[f"{self.name}_scale"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearUint4(LinearUint8):
+    """15 equal steps, no zero for positive values (stored a byte each): denominators up to 15 times too large."""
+
+    name: ClassVar[str] = "linear_uint4"
+    divisor: ClassVar[float] = 15.0
+    least: ClassVar[int] = 1
+
+    block: int = 128

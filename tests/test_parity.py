@@ -6,7 +6,7 @@ import torch
 import shardopt
 from shardopt import Recipe, ShardedOptimizer, rules
 from tests import spec
-from tests.table import ADDONS, RULES, SPEC, TORCH, WEIGHT_DECAY, excluded, recipe, weights
+from tests.table import ADDONS, RULES, SPEC, TORCH, TORCH_FEW, WEIGHT_DECAY, excluded, gradients, recipe, weights
 
 SHAPES = ((7, 15), (2, 16), (1, 1), (7,), (33, 64), (70, 130), (64, 64), (128, 96), (40, 3), ())
 VIEWED = ((7, 15), (7,), (33, 64), (4, 6, 3, 3), (5, 3, 40), ())
@@ -46,8 +46,14 @@ TWINS = {
 
 def relative(a, b, start=None):
     """Distance by the norm of the expected tensor, or of its start: one element alone may end close to 0."""
+    a, b, start = (None if x is None else x.detach() for x in (a, b, start))
     norm = b.double().norm() if start is None else torch.maximum(b.double().norm(), start.double().norm())
     return float((a.double() - b.double()).norm() / norm)
+
+
+def near(p):
+    """How far from torch a tensor of this size may be."""
+    return TORCH if p.numel() >= 64 else TORCH_FEW
 
 
 def tensors(shapes):
@@ -72,10 +78,24 @@ def test_equals_torch(name):
         a.step()
         b.step()
     for p, q, start in zip(mine, other, tensors(SHAPES)):
-        assert relative(p, q, start) < TORCH, tuple(p.shape)
+        assert relative(p, q, start) < near(p), tuple(p.shape)
     for p, q in zip(mine, other):
         for slot in set(a.state[p]) & set(b.state[q]) - {"step"} if p.numel() > 1 else ():
-            assert relative(a.state[p][slot], b.state[q][slot]) < TORCH, (slot, tuple(p.shape))
+            assert relative(a.state[p][slot], b.state[q][slot]) < near(p), (slot, tuple(p.shape))
+
+
+def test_what_differs_from_torch_is_torch():
+    """Seven elements with gradients over decades: here 2e-7 from float64 after 50 steps, torch 9e-7, since it rounds
+    p for the decay and again for the update. Kills: p rounded twice a step."""
+    start = weights((7,))
+    p, q, exact, states = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone()), [start.double()], [{}]
+    a, b = shardopt.AdamW([p], state="fp32"), torch.optim.AdamW([q])
+    for t, g in enumerate(gradients((7,), 50, seed=23), start=1):
+        p.grad, q.grad = g.clone(), g.clone()
+        a.step()
+        b.step()
+        exact = spec.step(rules.AdamW(), ("decay",), 0.01, exact, [g.double()], states, t)
+    assert relative(p, exact[0], start) < 0.5 * relative(q, exact[0], start)
 
 
 @pytest.mark.parametrize("gap", [1, 3])
@@ -89,11 +109,11 @@ def test_a_late_parameter_is_corrected_from_its_own_first_step(gap):
             p.grad, q.grad = (None, None) if late else (g.clone(), g.clone())
         a.step()
         b.step()
-    assert all(relative(p, q) < TORCH for p, q in zip(mine, other))
+    assert all(relative(p, q) < near(p) for p, q in zip(mine, other))
     assert [float(a.state[p]["step"]) for p in mine] == [8, 8 - gap]
 
 
-def run_against_spec(made, addons, steps=20, shapes=VIEWED):
+def run_against_spec(made, addons, steps=10, shapes=VIEWED):
     """Largest relative distance of any tensor from the float64 evaluation."""
     rule = made.rule
     ps = tensors(shapes)
@@ -117,7 +137,7 @@ COMBINATIONS = [(r, a) for r in RULES for a in ADDONS if not excluded(r, a)]
 
 @pytest.mark.parametrize("rule, addons", COMBINATIONS)
 def test_equals_the_paper(rule, addons):
-    """20 steps of every rule with every set of add-ons. Kills: a masked decay, the mask's mean over the wrong count,
+    """10 steps of every rule with every set of add-ons. Kills: a masked decay, the mask's mean over the wrong count,
     add-ons in the wrong order, GC over the wrong dim, beta1 and beta2 swapped in Lion."""
     made = Recipe(RULES[rule](), {"signed": "fp32", "non_negative": state_for(rule)}, ADDONS[addons])
     assert run_against_spec(made, ADDONS[addons]) < SPEC
@@ -161,7 +181,7 @@ def test_clip_by_global_norm_is_clip_grad_norm():
         torch.nn.utils.clip_grad_norm_(other, 0.3)
         a.step()
         b.step()
-    assert all(relative(p, q, start) < TORCH for p, q, start in zip(mine, other, tensors(SHAPES)))
+    assert all(relative(p, q, start) < near(p) for p, q, start in zip(mine, other, tensors(SHAPES)))
     p, q = tensors([(7, 15)])[0], tensors([(7, 15)])[0]
     p.grad, q.grad = draws([(7, 15)], 1)[0][0] * 1e-3, draws([(7, 15)], 1)[0][0] * 1e-3
     shardopt.SGD([p], lr=1.0, addons=["clip_by_global_norm"]).step()

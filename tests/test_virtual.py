@@ -6,6 +6,7 @@ the local count, a sum over replicas, a scale of a block that straddles ranks le
 
 import pytest
 import torch
+
 from tests.table import DTYPES, FLIPS, RULES, SHAPES, UNSHARDED, WEIGHT_DECAY, Case, cover, gradients, recipe, weights
 from tests.virtual import Axis, Run, bits, view_of
 
@@ -76,7 +77,9 @@ def compare(whole, cut, exact):
     return differing, total
 
 
-@pytest.mark.parametrize("number, case", list(enumerate(cover())), ids=lambda x: x.name() if isinstance(x, Case) else "")
+@pytest.mark.parametrize(
+    "number, case", list(enumerate(cover())), ids=lambda x: x.name() if isinstance(x, Case) else ""
+)
 def test_cover(number, case):
     whole = run_case(case)
     assert torch.isfinite(whole.parameter()).all()
@@ -91,7 +94,9 @@ def test_cover(number, case):
 def test_every_rule_on_every_mesh(rule):
     """Kills: one reduction less in a rule (every rule meets every mesh, with a mesh-sensitive state)."""
     for shape in ((7, 15), (66, 9, 3, 3), (4, 32, 48)):
-        case = Case(rule, "sqrt8+factored", "all" if "atan2" not in rule else "cautious", "nearest", "fp32", "fresh", shape)
+        case = Case(
+            rule, "sqrt8+factored", "all" if "atan2" not in rule else "cautious", "nearest", "fp32", "fresh", shape
+        )
         whole = run_case(case)
         for mesh in MESHES.values():
             compare(whole, run_case(case, mesh), exact=not whole.sums)
@@ -106,7 +111,9 @@ def test_storage_is_a_function_of_the_global_shape(shape):
         if any(axis.dim is not None and axis.dim >= len(shape) for axis in mesh):
             continue
         parts = run_case(case, mesh).parts()
-        assert {n: (x.shape, x.dtype) for n, x in parts.items()} == {n: (x.shape, x.dtype) for n, x in whole.parts().items()}
+        assert {n: (x.shape, x.dtype) for n, x in parts.items()} == {
+            n: (x.shape, x.dtype) for n, x in whole.parts().items()
+        }
 
 
 def test_empty_ranks_take_part():
@@ -135,4 +142,4 @@ def test_a_mutant_answer_shows():
 
 
 def test_decay_is_part_of_the_group():
-    assert WEIGHT_DECAY == cover()[0].group()["weight_decay"]
+    assert cover()[0].group()["weight_decay"] == WEIGHT_DECAY

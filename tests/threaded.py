@@ -12,6 +12,11 @@ import torch.distributed as dist
 from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
 
+if not hasattr(threaded.ThreadLocalWorld, "comms"):  # torch 2.11 asks for it when it destroys a group
+    threaded.ThreadLocalWorld.comms = property(lambda self: [])  # type: ignore[attr-defined]
+    torch._C._ensureCUDADeviceGuardSet()  # a CUDA build without a GPU crashes when a thread is the first to do this
+
+
 def run_threaded(world_size: int, fn: Callable[[int], Any], timeout: float = 120.0) -> list[Any]:
     """fn(rank) on every rank of a process group of `world_size` threads; the results, by rank.
 

@@ -5,7 +5,7 @@ The cut, the geometry and the answers are computed here from index lists and tor
 """
 
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +62,7 @@ def runs_of(held: Tensor) -> tuple[tuple[int, int], ...]:
     if not len(held):
         return ((0, 0),)
     breaks = [0, *(int(i) + 1 for i in (held.diff() != 1).nonzero()), len(held)]
-    return tuple((int(held[a]), b - a) for a, b in zip(breaks, breaks[1:]))
+    return tuple((int(held[a]), b - a) for a, b in pairwise(breaks))
 
 
 @dataclass
@@ -207,7 +207,7 @@ def reduced(ask: Sum | Mean) -> Tensor:
 
 
 class Run:
-    """A parameter on virtual ranks through several steps. `sums`: how many sums and means were asked (maxima are exact)."""
+    """A parameter on virtual ranks through several steps. sums: how many sums and means were asked."""
 
     def __init__(self, recipe: Recipe, group: dict[str, Any], p: Tensor, mesh: Mesh = (), key: int = 12345) -> None:
         self.recipe, self.group, self.shape, self.sums = recipe, group, tuple(p.shape), 0
@@ -218,7 +218,8 @@ class Run:
         key_or_none = key if recipe.noisy(view, p.dtype) else None
         self.state = [make_state(self.codecs, rank, p.device, key_or_none) for rank in self.ranks]
 
-    def step(self, g: Tensor, policy: Policy = Policy()) -> None:
+    def step(self, g: Tensor, policy: Policy | None = None) -> None:
+        policy = policy or Policy()
         items = [
             Item(p, rank.cut(g), rank, self.recipe, self.codecs, state, self.group)
             for rank, p, state in zip(self.ranks, self.p, self.state)

@@ -44,6 +44,11 @@ class Addon:
     def decay(self, p: Tensor, u: Tensor, s: Any, h: Hyper) -> Asking:
         raise NotImplementedError
 
+    def key(self) -> str:
+        """Name and structure, without numbers: `cautious.all`."""
+        words = [getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default]
+        return ".".join([self.name, *(word for word in words if isinstance(word, str))])
+
     def describe(self) -> str:
         """Name and options that are not the defaults: `rms_clip(d=0.5)`."""
         options = ", ".join(

@@ -34,7 +34,7 @@ class CoupledDecay(Addon):
 
 @dataclass(frozen=True, kw_only=True)
 class ClipByGlobalNorm(Addon):
-    """Clips the 2-norm over ALL parameters of the optimizer.
+    """Clips the 2-norm over ALL parameters whose recipe has it, whatever their groups and meshes.
 
     g min(1, max_norm / (||g|| + 1e-6)), the same as torch.nn.utils.clip_grad_norm_, inside the step. Asks one Total
     before any rule runs.

@@ -74,4 +74,4 @@ class Cautious(Addon):
         mask = u * g > 0
         kept, counted = yield Sum(mask), Sum(g != 0 if self.count == "active" else torch.ones_like(mask))
         share = (kept / counted.clamp(min=1.0)).clamp(min=self.floor)
-        return torch.where(mask, u, 0.0) / share
+        return u * mask / share  # a product, so that a NaN stays one

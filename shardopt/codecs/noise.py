@@ -51,7 +51,9 @@ def shift_right(x: Tensor, by: int, bits: int) -> Tensor:
 
 def parameter_key(seed: int, position: int) -> int:
     """The int64 key of the parameter at this position over all groups: kept in the state, so that it survives."""
-    return int(mix64(mix64(torch.tensor(seed * GOLDEN_STEP + 1)) + position * GOLDEN_STEP))
+    return int(
+        mix64(mix64(torch.tensor(signed64(seed * GOLDEN_STEP + 1), device="cpu")) + signed64(position * GOLDEN_STEP))
+    )
 
 
 GOLDEN_STEP = 0x5851F42D

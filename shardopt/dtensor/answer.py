@@ -103,7 +103,9 @@ def dims_over(layout: Layout, ask: Sum | Mean | Max) -> tuple[int, ...]:
 
 def local_value(ask: Ask) -> Tensor:
     """The local share: sums in float64, maxima and totals as they come."""
-    if isinstance(ask, (Max, Total)):
+    if isinstance(ask, Max):
+        return ordered(ask.x)
+    if isinstance(ask, Total):
         return ask.x
     if ask.dim is None:
         return ask.x.sum(dtype=torch.float64)
@@ -114,4 +116,16 @@ def answer(layout: Layout, ask: Ask, value: Tensor) -> Tensor:
     """What the asker gets: 0-d stays float64, lines become float32; a mean is over the GLOBAL count."""
     if isinstance(ask, Mean):
         value = value / max(1, prod(layout.geo.view[dim] for dim in dims_over(layout, ask)))
-    return value if value.ndim == 0 or isinstance(ask, Max) else value.float()
+    if isinstance(ask, Max):
+        return unordered(value)
+    return value if value.ndim == 0 else value.float()
+
+
+def ordered(x: Tensor) -> Tensor:
+    """float32 as int32 that compare alike, NaN above all: the maxima of gloo and nccl may lose a NaN."""
+    bits = torch.where(x.isnan(), torch.nan, x.float()).view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def unordered(bits: Tensor) -> Tensor:
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)

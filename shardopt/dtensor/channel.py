@@ -19,15 +19,16 @@ class Channel:
     """
 
     def __init__(self, group: Any) -> None:
-        self.group, self.pending = group, None
+        self.group = group
+        self.pending: Any = None
         self.rank = dist.get_rank(group) if group else 0
         self.world_size = dist.get_world_size(group) if group else 1
         self.no_dist = group is None
 
     def settle(self) -> None:
-        """Wait for the save under way; ValueError if it failed."""
+        """Wait for the save under way; ValueError if it failed and nobody was told so far."""
         pending, self.pending = self.pending, None
-        if pending is not None:
+        if pending is not None and not pending.told:
             pending.wait()
 
     def on_first(self, work: Callable[[], T]) -> T:

@@ -1,4 +1,4 @@
-"""Saves model and optimizer as torch.distributed.checkpoint does, committed and checked; loads on any mesh and codec."""
+"""Saves model and optimizer as torch.distributed.checkpoint does, committed and checked; loads on any mesh or codec."""
 
 import json
 import warnings
@@ -23,22 +23,22 @@ VERIFIED_BYTES = 20_000_000_000  # checkpoints below this have their checksums v
 
 
 class Save:
-    """A save under way, or done. folder: the checkpoint's directory."""
+    """A save under way, or done. folder: the checkpoint's directory. told: whether its failure has been raised."""
 
     def __init__(self, folder: Path, future: Future[Any] | None = None) -> None:
-        self.folder, self.future = folder, future
+        self.folder, self.future, self.told = folder, future, False
 
     def done(self) -> bool:
         return self.future is None or self.future.done()
 
     def wait(self) -> Path:
         """Wait until the checkpoint is committed; its directory. ValueError where saving failed, on any rank."""
-        future, self.future = self.future, None
-        if future is not None:
-            try:
-                future.result()
-            except CheckpointException as error:
-                raise failed(self.folder, error) from error
+        try:
+            if self.future is not None:
+                self.future.result()
+        except CheckpointException as error:
+            self.told = True
+            raise failed(self.folder, error) from error
         return self.folder
 
 

@@ -44,6 +44,11 @@ class Layout:
         """Over how many ranks the elements are spread."""
         return prod(self.mesh.size(axis) for axis in self.sharding) if self.sharding else 1
 
+    @cached_property
+    def mesh_ranks(self) -> Tensor:
+        """Global ranks of the mesh, int64; none for a plain tensor."""
+        return torch.empty(0, dtype=torch.int64) if self.mesh is None else self.mesh.mesh.flatten()
+
     def view(self, local: Tensor) -> Tensor:
         """A local tensor of the parameter's shape, in the local view; a copy only where strides force one."""
         return local.reshape(self.geo.local)

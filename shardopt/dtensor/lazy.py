@@ -1,6 +1,7 @@
 """State that comes into being complete and at once, the first time anybody looks, and never on meta."""
 
 import gc
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,22 +17,23 @@ class LazyState(dict):
     """
 
     fill: Callable[[], None] | None = None
+    current: Callable[[Any], bool] | None = None  # whether what is there of a key needs no look at the others
+
+    def __init__(self, content: Any = ()) -> None:
+        super().__init__(content)
+        self.lock = threading.RLock()  # an asynchronous save may look too
 
     def look(self) -> "LazyState":
-        fill, self.fill = self.fill, None  # fill looks at us too
-        if fill is not None:
-            try:
-                fill()
-            finally:
-                self.fill = fill
+        with self.lock:
+            if self.fill is not None:
+                self.fill()
         return self
 
-    def __missing__(self, key: Any) -> dict[str, Any]:
-        self[key] = {}
-        return dict.__getitem__(self, key)
-
     def __getitem__(self, key: Any) -> Any:
-        return dict.__getitem__(self.look(), key)
+        """As torch's defaultdict, but what has no state leaves no empty one behind."""
+        if self.current is None or not self.current(key):
+            self.look()
+        return dict.get(self, key) if dict.__contains__(self, key) else {}
 
     def __len__(self) -> int:
         return dict.__len__(self.look())
@@ -43,7 +45,9 @@ class LazyState(dict):
         return dict.__contains__(self.look(), key)
 
     def get(self, key: Any, default: Any = None) -> Any:
-        return dict.get(self.look(), key, default)
+        if self.current is None or not self.current(key):
+            self.look()
+        return dict.get(self, key, default)
 
     def keys(self) -> Any:
         return dict.keys(self.look())

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from shardopt.dtensor.layout import local_of
 from shardopt.state import KEY, STEP
+
+SWITCHES = ("nesterov", "centered", "bias_correction", "atan2")
 
 
 def load_groups(groups: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -21,6 +24,7 @@ def load_groups(groups: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]
                 f"param group {i} of the state dict has {len(other['params'])} parameters, here it has "
                 f"{len(group['params'])}"
             )
+        check_switches(i, group, other)
         theirs = other.get("recipe", group["recipe"])
         if theirs != group["recipe"]:
             raise ValueError(
@@ -30,6 +34,18 @@ def load_groups(groups: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]
         skipped = ("params", "recipe", "state", "addons", "rounding", "update_from")
         taken.append({name: value for name, value in other.items() if name not in skipped})
     return taken
+
+
+def check_switches(number: int, group: dict[str, Any], saved: dict[str, Any]) -> None:
+    """What torch's groups say about the maths must be what this group does."""
+    here = {name: group[name] for name in SWITCHES if name in group}
+    here |= {"amsgrad": False, "decoupled_weight_decay": "l2" not in str(group["recipe"]).split("/")[2].split(",")}
+    for name, value in here.items():
+        if name in saved and bool(saved[name]) != bool(value):
+            raise ValueError(
+                f"param group {number} was saved with {name}={saved[name]}, here it is {value}. Build the optimizer "
+                "with the saved option"
+            )
 
 
 def load_states(
@@ -44,11 +60,13 @@ def load_states(
     copies: list[tuple[Tensor, Tensor]] = []
     contents: dict[Tensor, dict[str, Tensor]] = {}
     for key, p in pairs:
-        want = present[p]
-        if want is None:
-            raise ValueError(f"{names[p]} is on the meta device; load after to_empty")
         if key not in saved:
             continue  # torch's optimizers hold no state of a parameter that never had a gradient
+        want = present[p]
+        if not want:
+            raise ValueError(
+                f"{names[p]} cannot be loaded while any parameter is on the meta device; call to_empty first"
+            )
         have = dict(saved[key])
         if STEP not in have:  # torch's SGD and friends count no steps
             have[STEP] = torch.ones(())
@@ -62,17 +80,16 @@ def load_states(
                 copies.append((target, checked(f"{names[p]}: {name}", target, have[name])))
         contents[p] = want
     for target, source in copies:
-        if isinstance(target, DTensor):
-            target._local_tensor.copy_(source)
-        else:
-            target.copy_(source)
+        local_of(target).copy_(source)
     return contents
 
 
 def checked(what: str, target: Tensor, source: Any) -> Tensor:
     """The local content for `target`, after its shape, dtype and sharding were compared."""
-    if target.ndim == 0:
-        return source.detach() if isinstance(source, Tensor) else torch.tensor(source)
+    if not isinstance(source, Tensor):
+        source = torch.tensor(source)
+    if what.endswith(f": {STEP}") and source.numel() == 1:  # torch and others keep counts in other dtypes
+        return local_of(source).reshape(())
     if tuple(source.shape) != tuple(target.shape) or source.dtype != target.dtype:
         raise ValueError(
             f"{what} is {source.dtype} {tuple(source.shape)} in the state dict, "

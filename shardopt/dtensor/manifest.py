@@ -39,7 +39,13 @@ def step_folders(root: Path) -> dict[int, Path]:
 
 def committed(root: Path) -> dict[int, Path]:
     """The complete checkpoints of `root` by step, ascending."""
-    return {step: folder for step, folder in step_folders(root).items() if (folder / COMMITTED).exists()}
+    return {step: folder for step, folder in step_folders(root).items() if is_committed(folder)}
+
+
+def is_committed(folder: Path) -> bool:
+    """Whether the marker is there and was written: a crash between the two leaves an empty file."""
+    marker = folder / COMMITTED
+    return marker.exists() and marker.stat().st_size > 0
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -56,7 +62,7 @@ def discard(folder: Path) -> None:
 def clean(root: Path) -> None:
     """Remove what saves that never ended have left."""
     for folder in step_folders(root).values():
-        if not (folder / COMMITTED).exists():
+        if not is_committed(folder):
             discard(folder)
 
 
@@ -108,7 +114,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         marker = json.loads((folder / COMMITTED).read_bytes())
         size, crc = marker["size"], marker["crc32"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise Damaged(
             f"{folder / COMMITTED} is missing or damaged ({error}): this is no complete checkpoint"
         ) from error
     try:
@@ -116,7 +122,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise Damaged(f"{folder / MANIFEST} cannot be read ({error})") from error
     if (len(content), zlib.crc32(content)) != (size, crc):
-        raise Damaged(f"{folder / MANIFEST} is damaged: its size or checksum is not the one it was committed with")
+        raise Damaged(
+            f"{folder / MANIFEST} (or what {COMMITTED} says of it) is damaged: it is not what was committed"
+        )
     manifest: dict[str, Any] = json.loads(content)
     if manifest["format"] > FORMAT:
         raise ValueError(

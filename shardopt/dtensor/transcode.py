@@ -5,7 +5,7 @@ cannot be cut the way this parameter is (a packed byte would lie on two ranks), 
 piece.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,13 +47,18 @@ def run(jobs: Iterable[Job], stored: Stored, channel: Channel, answers: Answers)
     jobs = [job if fit else job._replace(source=whole_layout(job.layout.shape)) for job, fit in zip(jobs, fits)]
     for bucket in buckets(jobs):
         read = [old_parts(job) for job in bucket]
-        wanted = {}
-        for job, parts in zip(bucket, read):
-            wanted.update({job.prefix + part_name(job.slot, suffix): part for suffix, part in parts.items()})
-        stored.read(wanted, channel)
-        del wanted
+        stored.read(entries(bucket, read), channel)
         for job in bucket:
             write(job, read.pop(0), answers)
+
+
+def entries(bucket: Sequence[Job], read: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Entry of the checkpoint -> old part."""
+    return {
+        job.prefix + part_name(job.slot, suffix): part
+        for job, parts in zip(bucket, read)
+        for suffix, part in parts.items()
+    }
 
 
 def buckets(jobs: Iterable[Job]) -> Iterator[list[Job]]:

@@ -66,9 +66,9 @@ class Adafactor(Rule):
     def __post_init__(self) -> None:
         check("lr", self.lr, 0.0)
         check("beta2_decay", self.beta2_decay, -1e9, 0.0)
-        check("beta2", self.beta2, 0.0, 1.0, open_high=True)
-        check("beta1", self.beta1, 0.0, 1.0, open_high=True)
-        check("eps[0]", self.eps[0], 0.0)
+        check("beta2", self.beta2, 0.0, 1.0, open_high=True, optional=True)
+        check("beta1", self.beta1, 0.0, 1.0, open_high=True, optional=True)
+        check("eps[0]", self.eps[0], 0.0, optional=True)
         check("eps[1]", self.eps[1], 0.0)
         check("d", self.d, 0.0)
         for name, allowed in (

@@ -73,10 +73,20 @@ class Rule:
         return []
 
 
-def check(name: str, value: Any, low: float, high: float = float("inf"), *, open_high: bool = False) -> None:
+def check(
+    name: str,
+    value: Any,
+    low: float,
+    high: float = float("inf"),
+    *,
+    open_high: bool = False,
+    optional: bool = False,
+) -> None:
     """A ValueError unless low <= value <= high (value < high if open_high). Tensors pass: reading them may wait."""
-    if isinstance(value, Tensor) or value is None:
+    if isinstance(value, Tensor) or (value is None and optional):
         return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} is {value!r}; it must be a number")
     if not (low <= value < high if open_high else low <= value <= high):
         bound = f"[{low}, {high}" + (")" if open_high else "]")
         raise ValueError(f"{name} is {value}; it must be in {bound}")

@@ -1,0 +1,117 @@
+"""Param groups: what a group asks for beside its numbers, and the recipe that follows from it."""
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from torch import Tensor
+
+from shardopt.addons import Addon
+from shardopt.recipe import Recipe, addons_of
+from shardopt.rules import Rule
+
+RECIPE_KEYS = ("state", "addons", "rounding", "update_from")
+COMMON = ("lr", "maximize", "foreach", "capturable", "differentiable")  # torch's group keys, whatever the recipe
+REFUSED = {
+    "amsgrad": "amsgrad is not supported; use amsgrad=False",
+    "differentiable": "differentiable=True is not supported: the step is not recorded by autograd",
+}
+
+
+def complete(
+    param_group: Mapping[str, Any], base: Recipe | None, given: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> tuple[dict[str, Any], Recipe]:
+    """(a copy of the user's group with all its numbers, the recipe that it follows).
+
+    base: the optimizer's recipe; given: what the user gave to the optimizer; defaults: its numbers for groups without
+    a recipe of their own. A group may change numbers, switches of the rule (nesterov, centered, ...), state, addons,
+    rounding and update_from. Add-ons without a decay keep the decay of the recipe.
+    """
+    group = dict(param_group)
+    own = group.get("recipe")
+    recipe = base if own is None or isinstance(own, str) else own
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"a param group needs a recipe (of its own or the optimizer's); got {recipe!r}")
+    refuse(group)
+    asked = set(group)
+    for name, value in numbers(recipe, base, given, defaults).items():
+        group.setdefault(name, value)
+    rule = replace(recipe.rule, **{name: group[name] for name in switches(recipe.rule) if name in group})
+    recipe = rebuilt(recipe, with_numbers(rule, group), {name: group[name] for name in RECIPE_KEYS if name in group})
+    if "weight_decay" in asked and "weight_decay" not in recipe.defaults() and not_zero(group["weight_decay"]):
+        raise ValueError(f"weight_decay is {group['weight_decay']}, but recipe {recipe.key()} has no decay add-on")
+    for name in RECIPE_KEYS:
+        if not isinstance(group.get(name, ""), str):
+            del group[name]  # groups hold numbers, strings and tuples; the recipe's key says the rest
+    group.update({name: getattr(recipe.rule, name) for name in switches(recipe.rule)})
+    group["recipe"] = recipe.key()
+    return group, recipe
+
+
+def refuse(options: Mapping[str, Any]) -> None:
+    """ValueError for options of torch's that have no meaning here."""
+    for name, words in REFUSED.items():
+        if options.get(name):
+            raise ValueError(words)
+
+
+def numbers(
+    recipe: Recipe, base: Recipe | None, given: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A group's defaults; with a recipe of its own what that chose, else what the optimizer was given, else usual."""
+    if recipe is base:
+        return {**recipe.defaults(), **defaults}
+    usual = type(recipe.rule)().defaults()
+    chosen = {name: value for name, value in recipe.defaults().items() if value != usual.get(name, 0.0)}
+    return {**recipe.defaults(), **given, **chosen}
+
+
+def switches(rule: Rule) -> list[str]:
+    """The rule's structural options."""
+    return [field.name for field in fields(rule) if field.name not in rule.numbers]
+
+
+def with_numbers(rule: Rule, group: Mapping[str, Any]) -> Rule:
+    """The rule with the group's numbers, which checks their ranges."""
+    return replace(rule, **{name: group[name] for name in rule.numbers if name in group})
+
+
+def rebuilt(recipe: Recipe, rule: Rule, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe for another rule object and what a group changes; its formats are resolved anew for the slots."""
+    state = changes.get("state", recipe.spec)
+    if "state" not in changes and isinstance(state, Mapping):
+        gone = {slot.name for slot in recipe.rule.slots()} - {slot.name for slot in rule.slots()}
+        state = {name: codec for name, codec in state.items() if name not in gone}
+    addons = recipe.addons
+    if "addons" in changes:
+        addons = addons_of(changes["addons"])
+        if not any(is_decay(addon) for addon in addons):
+            addons = (*addons, *(addon for addon in recipe.addons if is_decay(addon)))
+    rounding = changes.get("rounding", recipe.rounding)
+    return Recipe(rule, state, addons, rounding, changes.get("update_from", recipe.update_from))
+
+
+def is_decay(addon: Addon) -> bool:
+    return "weight_decay" in addon.defaults()
+
+
+def not_zero(value: Any) -> bool:
+    return isinstance(value, Tensor) or value != 0
+
+
+def settled(recipe: Recipe, group: Mapping[str, Any], started: bool, number: int) -> Recipe:
+    """The group's recipe for this step; ValueError for numbers out of range, before anything is written.
+
+    A scheduler may switch a momentum on (OneCycleLR does): before the first step the recipe follows, later the state
+    that it needs is missing.
+    """
+    rule = with_numbers(recipe.rule, group)
+    if rule.slots() == recipe.rule.slots():
+        return recipe
+    if started:
+        was, now = ([slot.name for slot in r.slots()] for r in (recipe.rule, rule))
+        raise ValueError(
+            f"param group {number} now has numbers with which {recipe.rule.name} has the slots {now}, but its state "
+            f"has {was}. Build the optimizer with a momentum that is not 0 (or keep it 0)"
+        )
+    return rebuilt(recipe, rule, {})
