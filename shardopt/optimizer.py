@@ -44,6 +44,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     step, on every rank alike, from a reduced flag; counted in `skipped_steps`). seed: of stochastic rounding.
     Further keywords are defaults of the param groups: lr, weight_decay, maximize, ...
 
+    Every rank must hold gradients of the same parameters in a step, as for every collective of torch's.
     State appears complete on the first look at `state`, `state_dict()` or `step()`, never on meta. Raises ValueError
     for bad arguments, placements, gradients and checkpoints, before anything is written.
     """

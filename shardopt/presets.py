@@ -99,6 +99,7 @@ class Adam(Preset):
         weight_decay: Any = 0.0,
         amsgrad: bool = False,
         *,
+        decoupled_weight_decay: bool = False,
         state: Any = "int8",
         bias_correction: bool = True,
         atan2: bool = False,
@@ -107,7 +108,8 @@ class Adam(Preset):
     ) -> None:
         refuse({"amsgrad": amsgrad})
         rule = rules.AdamW(lr=lr, betas=betas, eps=eps, bias_correction=bias_correction, atan2=atan2, nesterov=nesterov)
-        super().__init__(params, rule, CoupledDecay(), weight_decay, state=state, **options)
+        decay = WeightDecay() if decoupled_weight_decay else CoupledDecay()
+        super().__init__(params, rule, decay, weight_decay, state=state, **options)
 
 
 class Lion(Preset):

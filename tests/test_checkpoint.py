@@ -124,6 +124,24 @@ def test_a_rule_that_asks_moves(tmp_path):
         check_equal(got, uninterrupted("sqrt8+factored", FP32, 6, **options), asks=True)
 
 
+def test_saves_after_an_evaluation(tmp_path):
+    """A forward without a backward leaves FSDP2's parameters gathered."""
+
+    def body(rank):
+        model = build("fsdp", 2, model=Even, dtype=FP32)
+        opt = optimizer(model, "int8+log8", rounding="nearest")
+        train(model, opt, 0, 2)
+        for do in (shardopt.save_checkpoint, shardopt.load_checkpoint):
+            with torch.no_grad():
+                model(torch.ones(2, 64))
+            do(tmp_path, model, opt, step=2)
+        train(model, opt, 2, 4)
+        return contents(model, opt)
+
+    for got in run_threaded(2, body):
+        check_equal(got, uninterrupted("int8+log8", FP32, 4, "tp_fsdp", rounding="nearest"))
+
+
 # --- transcoding
 
 

@@ -1,5 +1,4 @@
 """Real DTensors on every kind of mesh (ranks as threads): the unsharded step, parameters and every stored part.
-
 Kills, in `shardopt/dtensor/`: an answer that is not reduced, reduced over the replicas too, or over the wrong dim;
 `Geometry.whole` of the local shard; noise keyed by the local row; a `_StridedShard` read as a Shard or not at all.
 """
@@ -286,3 +285,16 @@ def test_what_cannot_be_stepped_is_refused_with_words():
                 len(shardopt.AdamW([q], state=state).state)
 
     run_threaded(2, body)
+
+
+def test_rows_that_do_not_divide_under_tp_and_fsdp_are_refused_on_all_ranks():
+    """The real local tensors then differ from what the spec says, on some ranks only: P24, contracts.md section 2."""
+
+    def body(_):
+        mesh = init_device_mesh("cpu", (3, 2), mesh_dim_names=("dp", "tp"))
+        model = build(((7, 8),), torch.float32)
+        fsdp_over_tp(0)(model, mesh)
+        with pytest.raises(ValueError, match="not a multiple of the 2 tensor-parallel ranks"):
+            len(shardopt.AdamW(list(model)).state)
+
+    run_threaded(6, body)

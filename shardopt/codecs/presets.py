@@ -10,7 +10,7 @@ from shardopt.codecs import CODECS, Codec, check_slot, codec
 PRESETS: dict[str, tuple[str, str]] = {
     "fp32": ("fp32", "fp32"),
     "bf16": ("bf16", "bf16"),
-    "int8": ("sqrt8", "log8"),
+    "int8": ("sqrt8", "root4"),
     "int4": ("dyn4", "log4"),
     "factored": ("int8", "factored"),
 }

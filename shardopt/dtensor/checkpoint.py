@@ -79,10 +79,11 @@ def save_checkpoint(
         raise ValueError(f"extra must be JSON (dicts, lists, strings, numbers): {error}") from error
     ranks = channel()
     ranks.settle()
+    model_state = get_model_state_dict(model)  # first: it makes FSDP2 put parameters in place that a forward gathered
     names, optim = optimizer_state(model, opt)
     record = {**record_of(opt, names), "step": step, "world_size": ranks.world_size, "extra": extra}
     folder = Path(path).absolute() / step_name(step)
-    state = {MODEL: get_model_state_dict(model), OPTIM: optim}
+    state = {MODEL: model_state, OPTIM: optim}
     writer = CheckpointWriter(folder, record, keep)
     options: dict[str, Any] = {"process_group": ranks.group, "no_dist": ranks.no_dist}
     quiet(ranks)
