@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shardopt import engine
+from shardopt.capture import capturing, check_capture
 from shardopt.codecs import Codec
 from shardopt.codecs.noise import parameter_key
 from shardopt.dtensor import lazy
@@ -215,6 +216,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step over all parameters that have a gradient; returns what the closure returned."""
         self._settle()
+        if capturing():
+            check_capture(self.param_groups, {p: bool(dict.get(self.state, p)) for *_, p in self.parameters()})
         loss = None
         if closure is not None:
             with torch.enable_grad():

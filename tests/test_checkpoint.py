@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import warnings
 import weakref
@@ -595,6 +597,16 @@ def test_damage_is_found_on_several_ranks(tmp_path):
         results = run_threaded(3, lambda rank: resume(tmp_path, "fsdp", 3, "int8+log8", BF16, 3))
     for got in results:
         check_equal(got, uninterrupted("int8+log8", BF16, 3))
+
+
+def test_five_kills(tmp_path):
+    """The hundred of benchmarks/kill.py, but five."""
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-m", "benchmarks.kill", "--forked", "5", "--torchrun", "0", "--seed", "5"]
+    done = subprocess.run([*command, "--out", tmp_path / "kill.json"], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "kill.json").read_text())
+    assert told["kills"] == told["damaged_files_refused"] == 5
 
 
 # --- what does not match, and what may

@@ -19,7 +19,7 @@ LEVELS = [
     {"write"},
     {"recipe", "state"},
     {"dtensor", "kernels"},
-    {"report", "engine", "groups"},
+    {"report", "engine", "groups", "capture"},
     {"optimizer", "release", "checkpoint_info"},
     {"presets", "integrations"},
     {"__init__"},

@@ -122,9 +122,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise Damaged(f"{folder / MANIFEST} cannot be read ({error})") from error
     if (len(content), zlib.crc32(content)) != (size, crc):
-        raise Damaged(
-            f"{folder / MANIFEST} (or what {COMMITTED} says of it) is damaged: it is not what was committed"
-        )
+        raise Damaged(f"{folder / MANIFEST} (or what {COMMITTED} says of it) is damaged: it is not what was committed")
     manifest: dict[str, Any] = json.loads(content)
     if manifest["format"] > FORMAT:
         raise ValueError(
