@@ -59,8 +59,8 @@ def test_a_bucket_is_cut_from_global_facts(monkeypatch):
     assert results[0][0] == [2, 1, 1, 1] and results.count(results[0]) == 3
 
 
-def test_parameters_of_other_groups_get_buckets_of_their_own():
-    """One bucket holds one mesh and one set of sharding axes: its messages then have one group each."""
+def test_a_bucket_holds_what_is_reduced_alike():
+    """One bucket holds one mesh and one set of sharding axes, whatever came between: fewer messages."""
 
     def body(_):
         mesh = init_device_mesh("cpu", (2,))
@@ -77,4 +77,4 @@ def test_parameters_of_other_groups_get_buckets_of_their_own():
             p.grad = distributed(torch.ones_like(p._local_tensor), p.shape, mesh, p.placements)
         return [len(bucket) for bucket in engine.buckets(optimizer.items())]
 
-    assert run_threaded(2, body) == [[1, 1, 1]] * 2
+    assert run_threaded(2, body) == [[2, 1]] * 2
