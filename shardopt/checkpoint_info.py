@@ -1,4 +1,4 @@
-"""Prints what a checkpoint holds: recipes, slots, dtypes, bytes a parameter, sizes; needs no process group and no model."""
+"""Prints what a checkpoint holds: recipes, slots, dtypes, bytes a parameter, sizes; no process group, no model."""
 
 import argparse
 import json

@@ -27,7 +27,7 @@ from shardopt import ShardedOptimizer
 from shardopt.checkpoint_info import main as info
 from shardopt.codecs import Geometry, view_shape
 from shardopt.codecs.noise import draw, stream_of
-from shardopt.dtensor import checkpoint, transcode, writer
+from shardopt.dtensor import checkpoint, manifest, record, transcode, writer
 from shardopt.dtensor.channel import channel
 from shardopt.rules import Adafactor, Lion
 from tests.resume_job import (
@@ -542,6 +542,14 @@ def test_nothing_is_pruned_or_committed_when_a_save_fails(tmp_path, monkeypatch)
     assert sorted(os.listdir(tmp_path)) == ["step_00000001", "step_00000002", "step_00000003"]
 
 
+def test_nothing_is_pruned_before_the_commit(tmp_path, monkeypatch):
+    three(tmp_path)
+    monkeypatch.setattr(manifest, "commit", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(ValueError, match="disk full"):
+        shardopt.save_checkpoint(tmp_path, *job(), step=4, keep=1)
+    assert list(manifest.committed(tmp_path)) == [1, 2, 3]
+
+
 def test_a_save_waits_for_the_one_before(tmp_path, monkeypatch):
     gate, order = threading.Event(), []
     original = writer.CheckpointWriter.finish
@@ -728,12 +736,12 @@ def test_loading_keeps_storages(tmp_path):
 def test_the_manifest_and_the_command(tmp_path, capsys):
     model, opt = job("int8+log8", BF16, 2, "stochastic")
     folder = shardopt.save_checkpoint(tmp_path, model, opt, step=2, extra={"tokens": 7}).wait()
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["format"] == 1 and manifest["extra"] == {"tokens": 7}
-    assert manifest["recipes"][0]["key"] == "adamw/int8,log8/decay/stochastic"
-    assert manifest["parameters"]["tall"]["slots"] == {"exp_avg": "int8", "exp_avg_sq": "log8"}
-    assert manifest["parameters"]["vector"]["slots"] == {"exp_avg": "fp32", "exp_avg_sq": "fp32"}
-    assert set(manifest["files"]) == {"__0_0.distcp", ".metadata"}
+    told = json.loads((folder / "manifest.json").read_text())
+    assert told["format"] == 1 and told["extra"] == {"tokens": 7}
+    assert told["recipes"][0]["key"] == "adamw/int8,log8/decay/stochastic"
+    assert told["parameters"]["tall"]["slots"] == {"exp_avg": "int8", "exp_avg_sq": "log8"}
+    assert told["parameters"]["vector"]["slots"] == {"exp_avg": "fp32", "exp_avg_sq": "fp32"}
+    assert set(told["files"]) == {"__0_0.distcp", ".metadata"}
     for path in (tmp_path, folder):
         assert info([str(path), "--verify"]) == 0
         out = capsys.readouterr().out
@@ -749,8 +757,6 @@ def test_the_manifest_and_the_command(tmp_path, capsys):
 
 
 def test_versions_to_come_are_refused(tmp_path, monkeypatch):
-    from shardopt.dtensor import record
-
     monkeypatch.setattr(record, "FORMAT", 99)
     shardopt.save_checkpoint(tmp_path, *job(), step=1)
     with pytest.raises(ValueError, match=r"format 99.*install"):

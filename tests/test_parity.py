@@ -61,8 +61,14 @@ def tensors(shapes):
 
 
 def draws(shapes, steps):
+    """Normal gradients, a tenth of them exactly 0."""
     draw = torch.Generator().manual_seed(11)
-    return [[torch.randn(shape, generator=draw) for shape in shapes] for _ in range(steps)]
+
+    def one(shape):
+        g = torch.randn(shape, generator=draw)
+        return torch.where(torch.rand(shape, generator=draw) < 0.1, 0.0, g)
+
+    return [[one(shape) for shape in shapes] for _ in range(steps)]
 
 
 @pytest.mark.parametrize("name", TWINS)

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
-
 if not hasattr(threaded.ThreadLocalWorld, "comms"):  # torch 2.11 asks for it when it destroys a group
     threaded.ThreadLocalWorld.comms = property(lambda self: [])  # type: ignore[attr-defined]
     torch._C._ensureCUDADeviceGuardSet()  # a CUDA build without a GPU crashes when a thread is the first to do this

@@ -81,7 +81,7 @@ class Stored:
         candidates = [codec(told)] if told else [cls() for cls in CODECS.values()]
         if not told:
             blocked = [cls for cls in CODECS.values() if "block" in cls.__dataclass_fields__]
-            candidates += [cls(block=block) for cls in blocked for block in BLOCKS]
+            candidates += [codec(f"{cls.name}(block={block})") for cls in blocked for block in BLOCKS]
         for candidate in candidates:
             if candidate.signed if signed else candidate.non_negative:
                 settled = candidate.for_slot(signed)
