@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 import shardopt
-from launch import runlog, runs
+from benchmarks.kill_torchrun import kill_torchrun
 from shardopt.dtensor import manifest, writer
 from tests.resume_job import build, check_equal, contents, optimizer, train
 
@@ -185,7 +185,7 @@ def check_damage(folder: Path, reference: Path, how: str, choice: random.Random)
 
 
 def kill_forked(count: int, seed: int) -> list[dict[str, Any]]:
-    """So many kills of forked jobs, at drawn write calls (2 of 3) or times; AssertionError where one loses anything."""
+    """So many kills of forked jobs, at drawn write calls (2 of 3) or times; `failure` says what one lost."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     choice, kills = random.Random(seed), []
@@ -223,13 +223,17 @@ def kill_forked(count: int, seed: int) -> list[dict[str, Any]]:
                 ended, _ = forked(doomed, result, after)
             left = sorted(manifest.step_folders(folder))
             committed = sorted(manifest.committed(folder))
-            _, first = forked(lambda blocking=blocking: work(folder, blocking, reference), result)
-            assert first == max(committed, default=0), f"resumed at {first}, committed were {committed}"
-            how = choice.choice(("truncated", "flipped"))
-            drawn = random.Random(choice.random())
-            _, file = forked(lambda how=how, drawn=drawn: check_damage(folder, reference, how, drawn), result)
+            how, drawn = choice.choice(("truncated", "flipped")), random.Random(choice.random())
+            first, file, failure = None, None, None
+            try:
+                _, first = forked(lambda blocking=blocking: work(folder, blocking, reference), result)
+                assert first == max(committed, default=0), f"resumed at {first}, committed were {committed}"
+                _, file = forked(lambda how=how, drawn=drawn: check_damage(folder, reference, how, drawn), result)
+            except AssertionError as error:
+                failure = str(error)
             kills.append(
                 {
+                    "failure": failure,
                     "kind": "blocking" if blocking else "async",
                     "at": f"{after:.3f} s"
                     if after is not None
@@ -237,92 +241,12 @@ def kill_forked(count: int, seed: int) -> list[dict[str, Any]]:
                     "found": left,
                     "resumed": first,
                     "during_a_save": left != committed,
-                    "damage": f"{file} {how}",
+                    "damage": f"{file} {how}" if file else None,
                 }
             )
     finally:
         shutil.rmtree(root, ignore_errors=True)
     return kills
-
-
-# --- the real job
-
-
-OPTIONS = {
-    "steps": 24,
-    "checkpoint-every": 4,
-    "keep": KEEP,
-    "eval-every": 0,
-    "eval-batches": 1,
-    "sample": 0,
-    "plot": False,
-    "dim": 32,
-    "layers": 2,
-    "context": 32,
-    "global-batch": 4,
-    "state": "int8",
-    "param-dtype": "bf16",
-    "rounding": "stochastic",
-}
-
-
-def begin(out: Path, told: Path) -> Any:
-    options = [word for name, value in OPTIONS.items() for word in (f"--{name}", str(value))]
-    return runs.begin(2, *options, "--out", str(out), output=told)
-
-
-def kill_torchrun(count: int, seed: int) -> list[dict[str, Any]]:
-    """Kills of `torchrun launch/pretrain.py` on two ranks, all its processes at once; its losses must not notice."""
-    choice, kills = random.Random(seed), []
-    root = Path(tempfile.mkdtemp(prefix="shardopt_kill_"))
-    try:
-        started = time.monotonic()
-        first_line = None
-        run = begin(root / "whole", root / "whole.txt")
-        while run.poll() is None:
-            time.sleep(0.05)
-            if first_line is None and runlog.read(root / "whole" / "log.jsonl"):
-                first_line = time.monotonic() - started
-        assert run.returncode == 0, (root / "whole.txt").read_text()[-3000:]
-        whole, total = losses(root / "whole"), time.monotonic() - started
-        for number in range(count):
-            out = root / f"run{number}"
-            killed = False
-            while not killed:
-                shutil.rmtree(out, ignore_errors=True)
-                run = begin(out, root / "killed.txt")
-                after = choice.uniform(0.8 * (first_line or 0.0), total)
-                time.sleep(after)
-                killed = run.poll() is None
-                runs.kill(run)
-            left, committed = (
-                sorted(find(out / "checkpoints")) for find in (manifest.step_folders, manifest.committed)
-            )
-            run = begin(out, root / f"again{number}.txt")
-            assert run.wait() == 0, (root / f"again{number}.txt").read_text()[-3000:]
-            told = (root / f"again{number}.txt").read_text()
-            expected = f"resumed after step {max(committed)}" if committed else "starting at step 0"
-            assert expected in told, f"expected {expected!r}: {told[-2000:]}"
-            other = [pair for pair in zip(losses(out), whole) if pair[0] != pair[1]]
-            assert losses(out) == whole, f"the resumed run's losses are not the uninterrupted one's: {other[:3]}"
-            assert sorted(manifest.step_folders(out / "checkpoints")) == sorted(manifest.committed(out / "checkpoints"))
-            kills.append(
-                {
-                    "kind": "torchrun",
-                    "at": f"{after:.2f} s of {total:.2f}",
-                    "found": left,
-                    "resumed": max(committed, default=0),
-                    "during_a_save": left != committed,
-                }
-            )
-            shutil.rmtree(out)
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
-    return kills
-
-
-def losses(out: Path) -> list[tuple[int, float]]:
-    return [(line["step"], line["loss"]) for line in runlog.read(out / "log.jsonl")]
 
 
 def main() -> None:
@@ -339,14 +263,15 @@ def main() -> None:
     summary = {
         "kills": len(kills),
         "during_a_save": sum(kill["during_a_save"] for kill in kills),
-        "damaged_files_refused": sum("damage" in kill for kill in kills),
-        "lost_or_corrupt": 0,
+        "damaged_files_refused": sum(bool(kill.get("damage")) for kill in kills),
+        "lost_or_corrupt": sum(kill["failure"] is not None for kill in kills),
         "torch": torch.__version__,
         "seconds": round(time.monotonic() - started),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({**summary, "each": kills}, indent=1) + "\n")
     print(json.dumps(summary, indent=1))
+    raise SystemExit(summary["lost_or_corrupt"] > 0)
 
 
 if __name__ == "__main__":

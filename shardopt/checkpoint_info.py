@@ -9,8 +9,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
 from shardopt.dtensor.manifest import committed, damaged_files, is_checkpoint
 from shardopt.dtensor.stored import Stored
 
@@ -50,9 +48,8 @@ def show(path: Path, verify: bool) -> int:
 def lines(stored: Stored, manifest: dict[str, Any]) -> list[str]:
     """The report, line by line."""
     tensors = {
-        name: (tuple(entry.size), str(entry.properties.dtype).removeprefix("torch."), size_of(entry))
-        for name, entry in stored.entries.items()
-        if isinstance(entry, TensorStorageMetadata)
+        name: (shape, str(dtype).removeprefix("torch."), prod(shape) * dtype.itemsize)
+        for name, (shape, dtype) in stored.tensors().items()
     }
     known = set(manifest.get("parameters", ()))
     state: dict[str, dict[str, tuple[str, int]]] = defaultdict(dict)  # parameter -> part -> (dtype, bytes)
@@ -109,10 +106,6 @@ def owner_of(rest: str, known: set[str]) -> str:
         if (name := ".".join(words[:end])) in known:
             return name
     return ""
-
-
-def size_of(entry: TensorStorageMetadata) -> int:
-    return prod(entry.size) * entry.properties.dtype.itemsize
 
 
 def mega(size: int) -> str:

@@ -53,6 +53,11 @@ class Stored:
         """Entries that are numbers, strings or small tensors, by name."""
         return self.read({name: self.blank(name) for name in names}, channel)
 
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """(shape, dtype) of every entry that is a tensor."""
+        found = {name: self.tensor(name) for name in self.entries}
+        return {name: both for name, both in found.items() if both is not None}
+
     def blank(self, name: str) -> Any:
         entry = self.entries[name]
         if isinstance(entry, TensorStorageMetadata):

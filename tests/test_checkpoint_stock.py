@@ -1,0 +1,174 @@
+"""torch's own checkpoints and torch's own loading."""
+
+from itertools import product
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+import shardopt
+from shardopt import ShardedOptimizer
+from shardopt.codecs import view_shape
+from shardopt.rules import Lion
+from tests.checkpoint_kit import BF16, FP32, decoded, job, torchs, tree
+from tests.resume_job import (
+    build,
+    check_equal,
+    contents,
+    optimizer,
+    train,
+    uninterrupted,
+)
+from tests.table import STATES
+
+# --- foreign checkpoints
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize("state", ["fp32", "int8+log8", "sqrt8+factored"])
+def test_loads_what_torch_saved(tmp_path, state, flat):
+    model, opt = torchs(3)
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    optim = get_optimizer_state_dict(model, opt, options=options)
+    dcp.save({"model": get_model_state_dict(model), "opt": optim}, checkpoint_id=tmp_path)
+    other = build("alone", dtype=FP32)
+    target = optimizer(other, state, rounding="nearest")
+    target.param_groups[0]["lr"] = 123.0
+    assert shardopt.load_checkpoint(tmp_path, other, target, optim_key="opt") == {"step": 3}
+    assert target.param_groups[0]["lr"] == 1e-2 and target.param_groups[0]["betas"] == (0.83, 0.957)
+    assert target.calls >= 1
+    for p, q in zip(model.parameters(), other.parameters()):
+        for slot in ("exp_avg", "exp_avg_sq"):
+            x, y = opt.state[p][slot], decoded(target, q, slot).reshape(p.shape)
+            assert torch.equal(x, y) if state == "fp32" else (x - y).norm() <= 0.8 * x.norm()
+    train(model, opt, 3, 5)
+    train(other, target, 3, 5)
+    if state == "fp32":
+        for p, q in zip(model.parameters(), other.parameters()):
+            assert (p - q).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("stock", [True, False], ids=["stock", "ours"])
+def test_torch_loads_what_we_saved_in_fp32(tmp_path, stock):
+    model, opt = job("fp32", FP32, 3)
+    folder = shardopt.save_checkpoint(tmp_path, model, opt, step=3).wait()
+    other, target = torchs()
+    if stock:
+        state = tree(other, target)
+        dcp.load(state, checkpoint_id=folder)
+        set_model_state_dict(other, state["model"])
+        set_optimizer_state_dict(other, target, state["optim"])
+    else:
+        assert shardopt.load_checkpoint(tmp_path, other, target) == {"step": 3}
+    for p, q in zip(model.parameters(), other.parameters()):
+        assert torch.equal(p, q)
+        assert all(torch.equal(opt.state[p][k], target.state[q][k]) for k in ("step", "exp_avg", "exp_avg_sq"))
+    train(model, opt, 3, 6)
+    train(other, target, 3, 6)
+    for p, q in zip(model.parameters(), other.parameters()):
+        assert (p - q).abs().max() <= 1e-6
+
+
+def test_torchs_optimizers_save_too_and_refuse_codes(tmp_path):
+    model, opt = torchs(3)
+    shardopt.save_checkpoint(tmp_path / "a", model, opt, step=3, extra={"x": [1]})
+    other, target = torchs()
+    assert shardopt.load_checkpoint(tmp_path / "a", other, target) == {"x": [1], "step": 3}
+    train(model, opt, 3, 5)
+    train(other, target, 3, 5)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters()))
+    shardopt.save_checkpoint(tmp_path / "b", *job("int8+log8", FP32, 1), step=1)
+    with pytest.raises(ValueError, match=r"exp_avg is not in .* holds exp_avg.int8"):
+        shardopt.load_checkpoint(tmp_path / "b", *torchs())
+
+
+def test_a_stock_checkpoint_of_ours_is_recognised(tmp_path):
+    """Without a manifest the formats are read from names, shapes and dtypes."""
+    model, opt = job("dyn8", FP32, 3)
+    dcp.save(tree(model, opt), checkpoint_id=tmp_path)
+    other, target = job("dyn8")
+    assert shardopt.load_checkpoint(tmp_path, other, target) == {"step": 3}
+    check_equal(contents(other, target), contents(model, opt))
+    other, target = job("fp32")
+    shardopt.load_checkpoint(tmp_path, other, target)
+    for p, q in zip(model.parameters(), other.parameters()):
+        assert torch.equal(decoded(opt, p, "exp_avg"), target.state[q]["exp_avg"].view(view_shape(tuple(p.shape))))
+    with pytest.raises(ValueError, match=r"adamw/dyn8.*lion/"):
+        shardopt.load_checkpoint(tmp_path, *job("fp32", rule=Lion()))
+
+
+def test_foreign_state_of_another_rule_is_refused(tmp_path):
+    model, opt = torchs(1)
+    dcp.save(tree(model, opt), checkpoint_id=tmp_path)
+    with pytest.raises(ValueError, match=r"exp_avg_sq.*lion/fp32.*another optimizer"):
+        shardopt.load_checkpoint(tmp_path, *job("fp32", rule=Lion()))
+    with pytest.raises(ValueError, match=r"'optimizer'.*model, optim.*optim_key"):
+        shardopt.load_checkpoint(tmp_path, *job("fp32"), optim_key="optimizer")
+    with pytest.raises(ValueError, match=r"'net'.*model, optim.*model_key"):
+        shardopt.load_checkpoint(tmp_path, *job("fp32"), model_key="net")
+
+
+# --- stock DCP alone
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["save", "async_save"])
+@pytest.mark.parametrize("state", ["fp32", "int8+log8", "sqrt8+factored"])
+def test_stock_dcp_resumes_bitwise(tmp_path, monkeypatch, state, asynchronous, flat):
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model, opt = job(state, BF16, 3, "stochastic")
+    saved = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, opt, options=options)}
+    if asynchronous:
+        future = dcp.async_save(saved, checkpoint_id=tmp_path)
+    else:
+        dcp.save(saved, checkpoint_id=tmp_path)
+    train(model, opt, 3, 6)
+    if asynchronous:
+        future.result()
+    other, target = job(state, BF16, 0, "stochastic")
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardedOptimizer, "step", lambda *args, **kw: pytest.fail("state had to be initialised"))
+        loaded = {
+            "model": get_model_state_dict(other),
+            "optim": get_optimizer_state_dict(other, target, options=options),
+        }
+        dcp.load(loaded, checkpoint_id=tmp_path)
+        set_model_state_dict(other, loaded["model"])
+        set_optimizer_state_dict(other, target, loaded["optim"], options=options)
+    train(other, target, 3, 6)
+    check_equal(contents(other, target), contents(model, opt))
+
+
+def test_an_initialisation_step_leaves_no_trace(tmp_path):
+    """What DCP and torchtitan do to make state: zero gradients, lr 0, one step."""
+    model, opt = job("int8+log8", BF16, 0, "stochastic")
+    rates = [group["lr"] for group in opt.param_groups]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for group in opt.param_groups:
+        group["lr"] = 0.0
+    opt.step()
+    for group, lr in zip(opt.param_groups, rates):
+        group["lr"] = lr
+    opt.zero_grad()
+    train(model, opt, 0, 3)
+    check_equal(contents(model, opt), uninterrupted("int8+log8", BF16, 3))
+
+
+def test_no_codec_stock_loads_into_another(tmp_path):
+    for old in STATES:
+        dcp.save(tree(*job(old, FP32, 1)), checkpoint_id=tmp_path / old)
+    for old, new in product(STATES, STATES):
+        state = tree(*job(new))
+        if old == new:
+            dcp.load(state, checkpoint_id=tmp_path / old)
+        else:
+            with pytest.raises(dcp.api.CheckpointException, match=r"Missing key|Size mismatch"):
+                dcp.load(state, checkpoint_id=tmp_path / old)
