@@ -1,0 +1,74 @@
+"""Draws the figures of docs/quality.md from benchmarks/results/quality.jsonl: `python docs/plots.py`."""
+
+import json
+import statistics
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+ROWS = [json.loads(line) for line in (HERE.parent / "benchmarks/results/quality.jsonl").read_text().splitlines()]
+TUNED = (6e-3, 6e-2, 300)
+NAMES = {
+    "adamw-fp32": "fp32",
+    "adamw-sqrt8-root4": "int8 (sqrt8, root4)",
+    "adamw-dyn4-log4": "int4 (dyn4, log4)",
+    "adamw-sqrt8-log8": "sqrt8, log8",
+    "adamw-int8-log8": "int8, log8",
+    "adamw-int4-log4": "int4, log4",
+    "adamw-int8-factored": "factored (int8, factored)",
+    "adamw-dyn4-factored": "dyn4, factored",
+    "adamw-fp32-bf16-stochastic": "bf16 weights, stochastic",
+    "adamw-fp32-bf16-nearest": "bf16 weights, nearest",
+    "control-linear-int4": "control: linear int4",
+    "control-linear-uint8": "control: linear uint8 v",
+}
+
+
+def losses(name: str) -> dict[int, float]:
+    return {r["seed"]: r["loss"] for r in ROWS if r["name"] == name and (r["lr"], r["embed_lr"], r["steps"]) == TUNED}
+
+
+def differences() -> None:
+    """Paired differences to fp32, one point a seed and their mean."""
+    base = losses("adamw-fp32")
+    shown = [name for name in NAMES if name != "adamw-fp32" and losses(name)]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for y, name in enumerate(reversed(shown)):
+        pairs = [loss - base[seed] for seed, loss in losses(name).items() if seed in base]
+        if any(pair != pair for pair in pairs):
+            axes.text(0.001, y, "diverges", va="center", color="tab:red")
+            continue
+        axes.plot(pairs, [y] * len(pairs), "o", color="tab:blue", alpha=0.5)
+        axes.plot([statistics.mean(pairs)], [y], "|", color="black", markersize=16)
+    axes.axvspan(-0.005, 0.005, color="tab:green", alpha=0.15)
+    axes.axvline(0, color="gray", linewidth=0.8)
+    axes.set_ylim(-0.7, len(shown) - 0.3)
+    axes.set_yticks(range(len(shown)), [NAMES[name] for name in reversed(shown)])
+    axes.set_xlabel("validation loss minus that of fp32 state, same seed (nats a byte)")
+    axes.set_title("0.4M parameters, 300 steps, three seeds; band: 0.005")
+    figure.savefig(HERE / "quality.png", dpi=130)
+
+
+def long_run() -> None:
+    """Training loss of the longer run, every tenth step."""
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for row in ROWS:
+        if row["steps"] == 1000 and row["curve"]:
+            every = row["steps"] // len(row["curve"])
+            curve = [statistics.mean(row["curve"][max(0, i - 2) : i + 3]) for i in range(len(row["curve"]))]
+            label = f"{NAMES.get(row['name'], row['name'])}: validation {row['loss']:.4f}"
+            axes.plot([i * every for i in range(len(curve))], curve, label=label, linewidth=1)
+    axes.set_ylim(1.0, 3.0)
+    axes.set_xlabel("step")
+    axes.set_ylabel("training loss (nats a byte), mean of five points")
+    axes.legend()
+    figure.savefig(HERE / "long.png", dpi=130)
+
+
+if __name__ == "__main__":
+    differences()
+    long_run()
