@@ -64,29 +64,6 @@ class Preset(ShardedOptimizer):
         )
 
 
-class AdamW(Preset):
-    """AdamW with torch.optim.AdamW's signature and defaults. Rule: `rules.AdamW`."""
-
-    def __init__(
-        self,
-        params: Any,
-        lr: Any = 1e-3,
-        betas: Any = (0.9, 0.999),
-        eps: Any = 1e-8,
-        weight_decay: Any = 1e-2,
-        amsgrad: bool = False,
-        *,
-        state: Any = "int8",
-        bias_correction: bool = True,
-        atan2: bool = False,
-        nesterov: bool = False,
-        **options: Any,
-    ) -> None:
-        refuse({"amsgrad": amsgrad})
-        rule = rules.AdamW(lr=lr, betas=betas, eps=eps, bias_correction=bias_correction, atan2=atan2, nesterov=nesterov)
-        super().__init__(params, rule, WeightDecay(), weight_decay, state=state, **options)
-
-
 class Adam(Preset):
     """Adam with torch.optim.Adam's signature and defaults, coupled L2 included. Rule: `rules.AdamW`."""
 
@@ -110,6 +87,25 @@ class Adam(Preset):
         rule = rules.AdamW(lr=lr, betas=betas, eps=eps, bias_correction=bias_correction, atan2=atan2, nesterov=nesterov)
         decay = WeightDecay() if decoupled_weight_decay else CoupledDecay()
         super().__init__(params, rule, decay, weight_decay, state=state, **options)
+
+
+class AdamW(Adam):
+    """AdamW with torch.optim.AdamW's signature and defaults. Rule: `rules.AdamW`, its switches as in Adam."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        betas: Any = (0.9, 0.999),
+        eps: Any = 1e-8,
+        weight_decay: Any = 1e-2,
+        amsgrad: bool = False,
+        *,
+        state: Any = "int8",
+        **options: Any,
+    ) -> None:
+        decoupled = {"decoupled_weight_decay": True}
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, state=state, **decoupled, **options)
 
 
 class Lion(Preset):
