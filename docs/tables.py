@@ -74,8 +74,8 @@ def filled(text: str) -> str:
     """`text` with every block between <!-- table NAME --> and <!-- end --> made anew."""
     for name, make in TABLES.items():
         text = re.sub(
-            rf"(<!-- table {name} -->\n).*?(\n<!-- end -->)",
-            lambda m, make=make: m[1] + make() + m[2],  # type: ignore[misc]
+            rf"(<!-- table {name} -->\n).*?(<!-- end -->)",
+            lambda m, make=make: m[1] + make() + "\n" + m[2],  # type: ignore[misc]
             text,
             flags=re.S,
         )
