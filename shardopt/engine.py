@@ -1,42 +1,20 @@
 """Drives the rules: buckets in lock step, what they ask answered together, everything written once it is certain."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shardopt.asks import EVERYWHERE, Asking, Sum, as_tuple, is_group
-from shardopt.codecs import Codec
 from shardopt.codecs.noise import PARAMETER_STREAM
+from shardopt.item import Item, Policy, pieces, viewed
 from shardopt.recipe import Recipe
 from shardopt.rules import Hyper
 from shardopt.state import STEP, Slots, noise_of
 
 BUCKET_ELEMENTS = 1 << 26  # local elements of one bucket, by global facts: bounds what is alive in lock step
 ALIVE = 3  # buckets under way at once: one computes while the rounds of the others travel
-
-
-@dataclass
-class Item:
-    """One parameter in one step. grad, p: local tensors of the parameter's shape; state: name -> local tensor."""
-
-    p: Tensor
-    grad: Tensor
-    layout: Any
-    recipe: Recipe
-    codecs: dict[str, Codec]
-    state: dict[str, Tensor]
-    group: dict[str, Any]
-
-
-class Policy(NamedTuple):
-    """What a step does with gradients. nonfinite: see ShardedOptimizer; grad_scale, found_inf: GradScaler's."""
-
-    nonfinite: str = "propagate"
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
 
 
 def run(items: Sequence[Item], answers: Any, policy: Policy) -> Tensor | None:
@@ -167,9 +145,21 @@ def prepared(item: Item, policy: Policy) -> Tensor:
 
 
 def step_of(item: Item, policy: Policy, totals: dict[str, Tensor], taken: Tensor | None) -> Asking:
-    """The whole step of one parameter as a generator: add-ons and rule, then encode, then write."""
-    layout, recipe, geo = item.layout, item.recipe, item.layout.geo
+    """The whole step of one parameter as a generator; pieces of a large one that asks nothing follow each other."""
     t = item.state[STEP].double() + 1
+    several = pieces(item)
+    for piece in several:
+        if len(several) == 1:
+            yield from step_of_piece(piece, t, policy, totals, taken)
+        else:
+            for asked in step_of_piece(piece, t, policy, totals, taken):
+                raise AssertionError(f"{item.recipe.key()} asks {asked}, but says that it asks nothing")
+    commit([(item.state[STEP], t)], taken)
+
+
+def step_of_piece(item: Item, t: Tensor, policy: Policy, totals: dict[str, Tensor], taken: Tensor | None) -> Asking:
+    """Add-ons and rule, then encode, then write."""
+    layout, recipe, geo = item.layout, item.recipe, item.layout.geo
     noise = noise_of(item.state, t, geo)
     slots = Slots(item.codecs, lambda name: viewed(item, name), geo, noise, recipe.update_from == "stored")
     device = item.p.device
@@ -186,7 +176,7 @@ def step_of(item: Item, policy: Policy, totals: dict[str, Tensor], taken: Tensor
     new = yield from recipe.write.apply(p, delta, slots, item.p.dtype, lambda: noise(PARAMETER_STREAM))
     del p, delta
     written = yield from slots.encode()
-    commit([(item.p, new.view(item.p.shape)), *written, (item.state[STEP], t)], taken)
+    commit([(item.p, new.view(item.p.shape)), *written], taken)
 
 
 def delta_of(p: Tensor, g: Tensor, s: Slots, h: Hyper, recipe: Recipe) -> Asking:
@@ -202,12 +192,6 @@ def delta_of(p: Tensor, g: Tensor, s: Slots, h: Hyper, recipe: Recipe) -> Asking
         if term is not None:
             delta = delta.add_(term.mul_(decay_step[0] if decay_step else h.lr))
     return delta
-
-
-def viewed(item: Item, name: str) -> Tensor:
-    """A stored part, the local tensor; codes of the parameter's own shape in the view's."""
-    local = item.state[name]
-    return item.layout.view(local) if tuple(local.shape) == item.layout.local_shape else local
 
 
 def commit(changes: Sequence[tuple[Tensor, Tensor]], taken: Tensor | None) -> None:

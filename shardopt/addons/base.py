@@ -15,13 +15,15 @@ class Addon:
 
     stage: "gradient" (before the rule), "direction" (on u, after it) or "decay" (a term from p and u, times the
     learning rate). order: add-ons of one stage run in ascending order, however the user listed them.
-    excludes: names that it cannot be combined with. before_round: asks for a Total in front of all rules.
+    excludes: names that it cannot be combined with. asks: whether its method asks anything. before_round: asks for a
+    Total in front of all rules.
     """
 
     name: ClassVar[str]
     stage: ClassVar[str]
     order: ClassVar[int] = 0
     excludes: ClassVar[tuple[str, ...]] = ()
+    asks: ClassVar[bool] = False
     before_round: ClassVar[bool] = False
 
     def slots(self) -> tuple[Slot, ...]:

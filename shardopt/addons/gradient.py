@@ -65,6 +65,7 @@ class GradientCentralization(Addon):
     """
 
     name: ClassVar[str] = "gradient_centralization"
+    asks: ClassVar[bool] = True
     stage: ClassVar[str] = "gradient"
     order: ClassVar[int] = 2
 
@@ -86,6 +87,7 @@ class OrthoGrad(Addon):
     """
 
     name: ClassVar[str] = "orthograd"
+    asks: ClassVar[bool] = True
     stage: ClassVar[str] = "gradient"
     order: ClassVar[int] = 3
 

@@ -37,6 +37,7 @@ class RMSClip(Addon):
     """
 
     name: ClassVar[str] = "rms_clip"
+    asks: ClassVar[bool] = True
     stage: ClassVar[str] = "direction"
     order: ClassVar[int] = 2
     d: float = 1.0
@@ -59,6 +60,7 @@ class Cautious(Addon):
     """
 
     name: ClassVar[str] = "cautious"
+    asks: ClassVar[bool] = True
     stage: ClassVar[str] = "direction"
     order: ClassVar[int] = 3
     excludes: ClassVar[tuple[str, ...]] = ("grams",)

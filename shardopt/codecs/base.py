@@ -78,6 +78,10 @@ class Codec:
         """Whether encode draws noise."""
         return False
 
+    def asks(self, geo: Geometry) -> bool:
+        """Whether reading, the recurrence or encoding needs more than the local rows."""
+        return self.projects or geo.straddles(getattr(self, "block", 1))
+
     def parts(self, view: tuple[int, ...]) -> tuple[Part, ...]:
         """The stored tensors of a slot, in order; the shapes follow from the global view alone."""
         raise NotImplementedError

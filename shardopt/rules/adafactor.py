@@ -49,6 +49,7 @@ class Adafactor(Rule):
     """
 
     name: ClassVar[str] = "adafactor"
+    asks: ClassVar[bool] = True
     numbers: ClassVar[tuple[str, ...]] = ("lr", "beta2_decay", "beta2", "beta1", "eps", "d")
     lr: Any = 1e-2
     beta2_decay: float = -0.8

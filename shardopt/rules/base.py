@@ -47,6 +47,7 @@ class Rule:
 
     name: ClassVar[str]
     numbers: ClassVar[tuple[str, ...]] = ()  # the fields that live in param groups
+    asks: ClassVar[bool] = False  # whether update asks anything itself (its codecs aside)
     sign_like: ClassVar[bool] = False  # |u| is 1 by nature: clipping its RMS would do nothing
 
     def slots(self) -> tuple[Slot, ...]:
