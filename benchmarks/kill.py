@@ -106,8 +106,6 @@ def work(folder: Path, blocking: bool, reference: Path | None = None) -> int:
     opt = optimizer(model, STATE)
     extra = shardopt.load_checkpoint(folder, model, opt)
     first = extra["step"] if extra else 0
-    left = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    assert left == {path.name for path in manifest.committed(folder).values()}, f"left behind: {left}"
     if reference and first:
         check_equal(contents(model, opt), torch.load(reference / f"{first}.pt"))
     for step in range(first + 1, STEPS + 1):
@@ -116,6 +114,8 @@ def work(folder: Path, blocking: bool, reference: Path | None = None) -> int:
             shardopt.save_checkpoint(folder, model, opt, step=step, keep=KEEP, blocking=blocking)
     save = shardopt.save_checkpoint(folder, model, opt, step=STEPS + 1, keep=KEEP, blocking=blocking)
     save.wait()
+    left = {path.name for path in folder.iterdir()}
+    assert left == {path.name for path in manifest.committed(folder).values()}, f"left behind: {left}"
     if reference:
         check_equal(contents(model, opt), torch.load(reference / f"{STEPS}.pt"))
     return first

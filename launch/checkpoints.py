@@ -30,7 +30,7 @@ class Checkpoints:
     def restore(self) -> int:
         """Load the latest checkpoint, if there is one; the number of updates done."""
         # Rank 0 looks for all: what another machine sees of a shared folder may be late.
-        found = [any(self.path.glob("step_*"))]
+        found = [any(self.path.glob("step_" + "[0-9]" * 8))]
         dist.broadcast_object_list(found)
         if self.config.resume == "never" and found[0]:
             raise ValueError(f"{self.path} holds checkpoints; with --resume never choose another --out or remove them")
@@ -50,7 +50,7 @@ class Checkpoints:
         if step == self.saved:
             return
         self.wait()
-        extra = {"step": step, "corpus": self.corpus.hash, "config": dataclasses.asdict(self.config)}
+        extra = {"corpus": self.corpus.hash, "config": dataclasses.asdict(self.config)}
         self.pending = shardopt.save_checkpoint(
             self.path, self.model, self.optimizer, step=step, extra=extra, keep=self.config.keep, blocking=blocking
         )
@@ -63,5 +63,5 @@ class Checkpoints:
 
     def size(self) -> int:
         """Bytes of the latest checkpoint's files."""
-        folders = sorted(self.path.glob("step_*"))
+        folders = sorted(self.path.glob("step_" + "[0-9]" * 8))
         return sum(file.stat().st_size for file in folders[-1].rglob("*") if file.is_file()) if folders else 0

@@ -54,7 +54,9 @@ class Config:
     # optimizer
     optimizer: str = option("AdamW", "any optimizer of shardopt, or torch-adamw for comparison")
     state: str | dict[str, str] = option(  # noqa: RUF009
-        "int8", "storage: a preset (fp32, int8) or exp_avg=int8,exp_avg_sq=log8; --state.SLOT CODEC"
+        "",
+        "storage: fp32, bf16, int8, int4, factored, a codec, or exp_avg=int8,exp_avg_sq=log8; --state.SLOT CODEC; "
+        "empty: the optimizer's own",
     )
     rounding: str = option("", "how parameters are written (nearest, stochastic, kahan); empty: shardopt's default")
     addons: str = option("", "comma-separated add-ons: cautious,orthograd")

@@ -59,7 +59,9 @@ def build(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         options["rounding"] = config.rounding
     if config.addons:
         options["addons"] = [name.strip() for name in config.addons.split(",")]
-    return find(config.optimizer)(groups, state=config.state, nonfinite="skip", seed=config.seed, **options)
+    if config.state:
+        options["state"] = config.state
+    return find(config.optimizer)(groups, nonfinite="skip", seed=config.seed, **options)
 
 
 def bytes_per_parameter(optimizer: torch.optim.Optimizer) -> float:

@@ -33,6 +33,8 @@ def complete(
     if not isinstance(recipe, Recipe):
         raise ValueError(f"a param group needs a recipe (of its own or the optimizer's); got {recipe!r}")
     refuse(group)
+    if misplaced := [name for name in ("nonfinite", "seed") if name in group]:
+        raise ValueError(f"{', '.join(misplaced)} belongs to the optimizer, not to a param group")
     asked = set(group)
     for name, value in numbers(recipe, base, given, defaults).items():
         group.setdefault(name, value)
@@ -102,10 +104,13 @@ def not_zero(value: Any) -> bool:
 def settled(recipe: Recipe, group: Mapping[str, Any], started: bool, number: int) -> Recipe:
     """The group's recipe for this step; ValueError for numbers out of range, before anything is written.
 
-    A scheduler may switch a momentum on (OneCycleLR does): before the first step the recipe follows, later the state
-    that it needs is missing.
+    A scheduler may switch a momentum on (OneCycleLR does): before the group's first step the recipe follows, later
+    the state that it needs is missing. Schedulers may end a hair below a rate of 0, as torch allows.
     """
-    rule = with_numbers(recipe.rule, group)
+    lr = group.get("lr")
+    if lr is None or isinstance(lr, str):
+        raise ValueError(f"param group {number} has lr {lr!r}; it must be a number or a tensor")
+    rule = with_numbers(recipe.rule, {**group, "lr": recipe.rule.defaults().get("lr", 0.0)})
     if rule.slots() == recipe.rule.slots():
         return recipe
     if started:

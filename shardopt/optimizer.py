@@ -42,8 +42,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     of its own, or `state`, `addons`, `rounding`, `update_from` that replace parts of the optimizer's.
     recipe: what groups without their own do. fused: None or False run the reference; True raises while there are
     no kernels. nonfinite: "propagate" (as torch), "zero" (a non-finite element counts as zero) or "skip" (the whole
-    step, on every rank alike, from a reduced flag; counted in `skipped_steps`). seed: of stochastic rounding.
-    Further keywords are defaults of the param groups: lr, weight_decay, maximize, ...
+    step, on all ranks of the meshes alike, from a reduced flag; counted in `skipped_steps`). seed: of stochastic
+    rounding. Further keywords are defaults of the param groups: lr, weight_decay, maximize, ...
 
     Every rank must hold gradients of the same parameters in a step, as for every collective of torch's.
     State appears complete on the first look at `state`, `state_dict()` or `step()`, never on meta. Raises ValueError
@@ -74,6 +74,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._skipped: Tensor | None = None
         self._plans: dict[Tensor, Plan] = {}
         self._made_for: dict[Tensor, Any] = {}
+        self._stepped: set[Tensor] = set()  # parameters whose state is no longer fresh
         self._given = defaults
         super().__init__(params, {**(recipe.defaults() if recipe else {}), **defaults})
         self._adopt(self.state)
@@ -83,8 +84,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 f"nothing reads {', '.join(unread)}; these recipes read {', '.join(sorted(read - set(COMMON)))} "
                 "(weight_decay needs a decay add-on)"
             )
-
-    # --- param groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, on a copy: the group keeps the user's keys and gets its numbers and its recipe's key string."""
@@ -120,8 +119,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for recipe, group in zip(self.recipes, self.param_groups):
             for p in group["params"]:
                 yield recipe, group, p
-
-    # --- state
 
     def plan(self, recipe: Recipe, p: Tensor) -> Plan:
         """Layout and codecs of p; read again whenever its device, dtype, mesh or placements changed."""
@@ -183,6 +180,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         kept: Any = self._recipes
         self._recipes = list(zip(self.param_groups, kept))
         self._plans, self._made_for = {}, {}
+        self._stepped = set(self.state) if self.calls else set()
         self._adopt(self.state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -193,7 +191,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
+        self.settle()
         groups = load_groups(self.param_groups, deepcopy(state_dict["param_groups"]))
+        for i, (recipe, group, new) in enumerate(zip(self.recipes, self.param_groups, groups)):
+            settled(recipe, {**group, **new}, True, i)
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         pairs = list(zip(saved_ids, (p for *_, p in self.parameters()), strict=True))
         self.make_states(frozen={p for i, p in pairs if i in state_dict["state"]})
@@ -205,17 +206,20 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.make_states()
         for group, new in zip(self.param_groups, groups):
             group.update(new)
-        self.calls = max(self.calls, 1)
+        self.resumed(loaded)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
-    # --- the step
+    def resumed(self, params: Iterable[Tensor]) -> None:
+        """The state of these parameters was loaded: it is not fresh any more."""
+        self.calls = max(self.calls, 1)
+        self._stepped.update(params)
 
     @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step over all parameters that have a gradient; returns what the closure returned."""
-        self._settle()
+        self.settle()
         if capturing():
             check_capture(self.param_groups, {p: bool(dict.get(self.state, p)) for *_, p in self.parameters()})
         loss = None
@@ -229,6 +233,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if self._is_initialisation(items):
                 return loss
         self.calls += 1
+        self._stepped.update(p for *_, p in self.parameters() if p.grad is not None)
         policy = engine.Policy(self.nonfinite, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         taken = engine.run(items, self.answers, policy)
         if taken is not None:
@@ -236,10 +241,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._skipped = missed if self._skipped is None else self._skipped.to(missed.device) + missed
         return loss
 
-    def _settle(self) -> None:
-        """Check the groups' numbers, and let recipes follow them while no step has been taken."""
+    def settle(self) -> None:
+        """Check the groups' numbers, and let a group's recipe follow them while it has taken no step."""
         for i, (group, recipe) in enumerate(zip(self.param_groups, self.recipes)):
-            now = settled(recipe, group, self.calls > 0, i)
+            now = settled(recipe, group, any(p in self._stepped for p in group["params"]), i)
             if now is not recipe:
                 self._recipes = [(g, now if g is group else r) for g, r in self._recipes]
                 group["recipe"] = now.key()
@@ -269,6 +274,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def explain(self) -> str:
         """Per group: recipe, what runs it and why, the formats of its parameters; and the communication so far."""
+        self.settle()
         return explain(self)
 
     @property

@@ -35,6 +35,7 @@ class StateBytes:
 def state_bytes(opt: Any) -> StateBytes:
     """Bytes of the state of all parameters, by part: global, and on this rank (contiguous shards)."""
     found = StateBytes()
+    opt.settle()
     for p, name, part in stored(opt):
         if name == STEP:
             found.parameters += p.numel()
@@ -60,7 +61,9 @@ def explain(opt: Any) -> str:
     for i, (recipe, group) in enumerate(zip(opt.recipes, opt.param_groups)):
         params = group["params"]
         lines.append(f"group {i}: {recipe.key()}")
-        lines.append(f"  {len(params)} parameters, {sum(p.numel() for p in params):,} elements, lr {group.get('lr')}")
+        lines.append(
+            f"  {len(params)} parameters, {sum(p.numel() for p in params):,} elements, lr {float(group['lr']):g}"
+        )
         lines.append("  runs on: reference (this version has no native kernels)")
         for codecs, count in formats(opt, recipe, params).items():
             lines.append(f"  {count} with {codecs}")

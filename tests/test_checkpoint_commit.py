@@ -5,10 +5,13 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
 import shardopt
 from shardopt.dtensor import manifest, writer
@@ -35,7 +38,6 @@ def test_damage_is_refused_and_the_checkpoint_before_is_used(tmp_path, name, how
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             assert shardopt.load_checkpoint(tmp_path, model, opt)["step"] == 2
-        assert not (tmp_path / "step_00000003").exists()
     else:
         before = contents(model, opt)
         with pytest.raises(ValueError, match=f"step_00000003.*{name}"):
@@ -72,16 +74,100 @@ def test_what_never_ended_is_removed(tmp_path):
     assert shardopt.load_checkpoint(tmp_path / "nowhere", *job()) is None
     assert shardopt.load_checkpoint(tmp_path, *job()) is None
     three(tmp_path)
-    (tmp_path / "step_00000002" / "COMMITTED").unlink()
-    (tmp_path / "step_00000009").mkdir()
-    (tmp_path / "notes").mkdir()
-    assert shardopt.load_checkpoint(tmp_path, *job(), step=1)["step"] == 1
-    assert (tmp_path / "step_00000009").exists()
+    crashed(tmp_path / "step_00000002")
+    manifest.begin(tmp_path / "step_00000009")
+    for name in ("notes", "step_00000010.being_made", "step_00000011.being_removed"):
+        (tmp_path / name).mkdir()
     assert shardopt.load_checkpoint(tmp_path, *job())["step"] == 3
-    assert sorted(os.listdir(tmp_path)) == ["notes", "step_00000001", "step_00000003"]
-    (tmp_path / "step_00000009").mkdir()
     shardopt.save_checkpoint(tmp_path, *job(), step=4)
     assert sorted(os.listdir(tmp_path)) == ["notes", "step_00000001", "step_00000003", "step_00000004"]
+
+
+def crashed(folder):
+    (folder / "COMMITTED").rename(folder / "SAVING")
+
+
+def test_loading_removes_nothing(tmp_path):
+    """Kills: cleaning at load, which took the folder from under another job's save and failed on read-only roots."""
+    three(tmp_path)
+    crashed(tmp_path / "step_00000003")
+    before = sorted(tmp_path.rglob("*"))
+    for mode in (0o555, 0o755):
+        tmp_path.chmod(mode)
+        assert shardopt.load_checkpoint(tmp_path, *job())["step"] == 2
+        assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        shardopt.load_checkpoint(tmp_path / "step_00000003", *job())
+
+
+def test_plain_dcp_folders_survive(tmp_path):
+    """Kills: cleaning by name, which took step_* folders that plain DCP wrote; and replacing them."""
+    dcp.save({"x": torch.ones(3)}, checkpoint_id=tmp_path / "step_00000001")
+    before = sorted(tmp_path.rglob("*"))
+    shardopt.save_checkpoint(tmp_path, *job(), step=2, keep=1)
+    with pytest.raises(ValueError, match="not shardopt's to replace"):
+        shardopt.save_checkpoint(tmp_path, *job(), step=1)
+    assert set(before) < set(tmp_path.rglob("*"))
+    assert not (tmp_path / "step_00000002" / "SAVING").exists()
+
+
+def broken(*args, **options):
+    raise OSError("disk full")
+
+
+@pytest.mark.parametrize("where", ["write_data", "finish"])
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_failed_save_leaves_the_same_step_as_it_was(tmp_path, monkeypatch, where, blocking):
+    """Kills: removing the checkpoint of a step before its successor is committed."""
+    shardopt.save_checkpoint(tmp_path, *job(steps=1), step=1, extra={"take": 1})
+    monkeypatch.setattr(writer.CheckpointWriter, where, broken)
+    with pytest.raises(ValueError, match="the checkpoints before it are untouched"):
+        shardopt.save_checkpoint(tmp_path, *job(), step=1, blocking=blocking).wait()
+    assert os.listdir(tmp_path) == ["step_00000001"]
+    assert shardopt.load_checkpoint(tmp_path, *job()) == {"take": 1, "step": 1}
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_after_a_crash_the_next_save_puts_the_same_step_back(tmp_path, ended):
+    """Kills: losing both checkpoints of a step to a crash while the second is written."""
+    shardopt.save_checkpoint(tmp_path, *job(), step=1, extra={"take": 1})
+    manifest.begin(tmp_path / "step_00000001")
+    if ended:  # died between commit and removal
+        manifest.commit(tmp_path / "step_00000001", {"format": 1, "extra": {"take": 2}})
+    shardopt.save_checkpoint(tmp_path, *job(), step=2)
+    assert sorted(os.listdir(tmp_path)) == ["step_00000001", "step_00000002"]
+    assert manifest.read_manifest(tmp_path / "step_00000001")["extra"] == {"take": 1 + ended}
+
+
+def test_what_cannot_be_pruned_is_a_warning_and_links_are_not_followed(tmp_path, monkeypatch):
+    """Kills: a committed save reported as failed; checkpoints emptied behind a link."""
+    three(tmp_path / "far")
+    near = tmp_path / "near"
+    near.mkdir()
+    for step in (1, 2):
+        (near / f"step_0000000{step}").symlink_to(tmp_path / "far" / f"step_0000000{step}")
+    shardopt.save_checkpoint(near, *job(), step=3, keep=2)
+    shardopt.save_checkpoint(near, *job(), step=2)  # replaces a link
+    assert sorted(os.listdir(near)) == ["step_00000002", "step_00000003"]
+    assert list(manifest.committed(tmp_path / "far")) == [1, 2, 3]
+    monkeypatch.setattr(manifest, "discard", broken)
+    with pytest.warns(UserWarning, match="step_00000002 could not be removed.*disk full"):
+        shardopt.save_checkpoint(near, *job(), step=4, keep=1)
+    assert 4 in manifest.committed(near)
+
+
+def test_a_failed_save_that_nobody_waited_for_warns(tmp_path, monkeypatch):
+    """Kills: the last asynchronous save of a job failing in silence."""
+    gate = threading.Event()
+    monkeypatch.setattr(writer.CheckpointWriter, "finish", lambda *args, **options: gate.wait(10) and broken())
+    with pytest.warns(UserWarning, match="step_00000001 could not be saved.*disk full"):
+        save = shardopt.save_checkpoint(tmp_path, *job(), step=1, blocking=False)
+        gate.set()
+        while not save.undone:
+            time.sleep(0.01)
+        time.sleep(0.1)
+    with pytest.raises(ValueError, match="disk full"):
+        save.wait()
 
 
 def test_the_last_k_are_kept(tmp_path):

@@ -10,10 +10,13 @@ from torch import nn
 import shardopt
 from shardopt.checkpoint_info import main as info
 from shardopt.dtensor import checkpoint, record
+from shardopt.rules import Lion
 from tests.checkpoint_kit import BF16, FP32, damage, job, three, torchs, tree
 from tests.resume_job import (
     Odd,
     build,
+    check_equal,
+    contents,
     numbers,
     optimizer,
     train,
@@ -28,7 +31,9 @@ def test_bad_arguments(tmp_path):
         ({"step": -1}, "at least 0"),
         ({"step": "7"}, "integer"),
         ({"step": True}, "integer"),
-        ({"step": 1, "keep": 0}, "at least 1"),
+        *(({"step": 1, "keep": keep}, "keep.*integer of at least 1") for keep in (0, True, 1.5, "3")),
+        *(({"step": 1, "extra": extra}, "must be a dict") for extra in ([1], [], "x", 3)),
+        ({"step": 1, "extra": {"step": 3}}, "key 'step'"),
         ({"step": 1, "extra": {"x": torch.ones(1)}}, "JSON"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -45,7 +50,11 @@ def test_bad_arguments(tmp_path):
         meta = Odd()
     with pytest.raises(ValueError, match="after to_empty"):
         shardopt.save_checkpoint(tmp_path, meta, shardopt.AdamW(meta.parameters()), step=1)
-    shardopt.save_checkpoint(tmp_path, model, opt, step=1)
+    assert not any(tmp_path.iterdir())
+    folder = shardopt.save_checkpoint(tmp_path, model, opt, step=1).wait()
+    assert shardopt.load_checkpoint(folder, model, opt, step=1)["step"] == 1
+    with pytest.raises(ValueError, match="of step 1, not of step 2"):
+        shardopt.load_checkpoint(folder, model, opt, step=2)
     with pytest.raises(ValueError, match="after to_empty"):
         shardopt.load_checkpoint(tmp_path, meta, shardopt.AdamW(meta.parameters()))
 
@@ -71,6 +80,43 @@ def test_missing_parameters_start_fresh_with_one_warning(tmp_path):
     state = target.state[other.head.weight]
     assert all(not x.any() for name, x in state.items() if name != "key")
     assert torch.equal(target.state[other.tall]["exp_avg.int8"], opt.state[model.tall]["exp_avg.int8"])
+
+
+def test_what_the_checkpoint_alone_has_is_named_once(tmp_path):
+    """Kills: parameters of a larger model dropped in silence."""
+    large = build("alone", dtype=FP32, model=Grown)
+    shardopt.save_checkpoint(tmp_path, large, optimizer(large, "fp32"), step=0)
+    with pytest.warns(UserWarning) as told:
+        shardopt.load_checkpoint(tmp_path, *job("fp32"))
+    (message,) = [str(w.message) for w in told if "holds" in str(w.message)]
+    assert "head.weight" in message and "head.bias" in message and "tall" not in message
+
+
+def test_state_of_a_frozen_parameter_is_restored(tmp_path):
+    """Kills: the state of a parameter that is frozen at load lost until it thaws."""
+    model, opt = job("int8+log8", FP32, 3)
+    shardopt.save_checkpoint(tmp_path, model, opt, step=3)
+    for rule in (Lion(), None):
+        other = build("alone", dtype=FP32)
+        other.tall.requires_grad_(False)
+        target = optimizer(other, "int8+log8" if rule is None else "fp32", rule)
+        if rule:
+            with pytest.raises(ValueError, match="another rule"):
+                shardopt.load_checkpoint(tmp_path, other, target)
+            assert other.tall not in target.state
+    shardopt.load_checkpoint(tmp_path, other, target)
+    other.tall.requires_grad_(True)
+    check_equal(contents(other, target), contents(model, opt))
+
+
+def test_recipes_are_looked_up_once(tmp_path, monkeypatch):
+    """Kills: time quadratic in the number of groups."""
+    model, opt = job("fp32", FP32, 1)
+    names, _ = record.optimizer_state(model, opt)
+    looks, recipes = [], shardopt.ShardedOptimizer.recipes.fget
+    monkeypatch.setattr(shardopt.ShardedOptimizer, "recipes", property(lambda self: looks.append(1) or recipes(self)))
+    record.record_of(opt, names)
+    assert len(looks) == 1
 
 
 def test_another_shape_is_refused(tmp_path):

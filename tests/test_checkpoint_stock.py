@@ -1,5 +1,6 @@
 """torch's own checkpoints and torch's own loading."""
 
+import warnings
 from itertools import product
 
 import pytest
@@ -113,6 +114,53 @@ def test_foreign_state_of_another_rule_is_refused(tmp_path):
         shardopt.load_checkpoint(tmp_path, *job("fp32"), optim_key="optimizer")
     with pytest.raises(ValueError, match=r"'net'.*model, optim.*model_key"):
         shardopt.load_checkpoint(tmp_path, *job("fp32"), model_key="net")
+
+
+def sgds(kind, steps=0, **options):
+    model = build("alone", dtype=FP32)
+    opt = kind(model.parameters(), lr=0.01, **options)
+    train(model, opt, 0, steps)
+    return model, opt
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_loads_torchs_sgd_which_counts_no_steps(tmp_path, momentum):
+    """Kills: a KeyError for the missing step counts; `no state` where SGD has none."""
+    model, opt = sgds(torch.optim.SGD, 2, momentum=momentum)
+    dcp.save(tree(model, opt), checkpoint_id=tmp_path)
+    other, target = sgds(shardopt.SGD, 1, momentum=momentum, state="fp32")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(lacks|holds)")
+        assert shardopt.load_checkpoint(tmp_path, other, target) == {"step": int(momentum > 0)}
+    train(model, opt, 2, 4)
+    train(other, target, 2, 4)
+    assert all((p - q).abs().max() <= 1e-6 for p, q in zip(model.parameters(), other.parameters()))
+
+
+def test_switches_and_momentum_are_compared_not_adopted(tmp_path):
+    """Kills: nesterov taken over without a word; a momentum of 0 taken over, and the next step failing."""
+    dcp.save(tree(*sgds(torch.optim.SGD, 1, momentum=0.9, nesterov=True)), checkpoint_id=tmp_path / "a")
+    dcp.save(tree(*sgds(torch.optim.SGD, 1)), checkpoint_id=tmp_path / "b")
+    dcp.save(tree(*sgds(torch.optim.RMSprop, 1, centered=True)), checkpoint_id=tmp_path / "c")
+    model, opt = sgds(shardopt.SGD, 1, momentum=0.9)
+    before = contents(model, opt)
+    for folder, words in (("a", "nesterov=True, here it is False"), ("b", "'momentum': 0.*other slots")):
+        with pytest.raises(ValueError, match=words):
+            shardopt.load_checkpoint(tmp_path / folder, model, opt)
+    with pytest.raises(ValueError, match="centered=True, here it is False"):
+        shardopt.load_checkpoint(tmp_path / "c", *sgds(shardopt.RMSprop))
+    check_equal(contents(model, opt), before)
+
+
+@pytest.mark.parametrize("decay", [0.1, 0.0])
+def test_another_kind_of_weight_decay_warns_once(tmp_path, decay):
+    """Kills: the number of a coupled decay used for a decoupled one in silence."""
+    dcp.save(tree(*sgds(torch.optim.Adam, 1, weight_decay=decay)), checkpoint_id=tmp_path)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        shardopt.load_checkpoint(tmp_path, *sgds(shardopt.AdamW))
+    said = [str(w.message) for w in told if "weight_decay" in str(w.message)]
+    assert len(said) == (decay > 0) and all("coupled (l2), here it is decoupled" in text for text in said)
 
 
 # --- stock DCP alone

@@ -1,8 +1,7 @@
-"""FSDP2 with offloaded parameters: the mesh is CUDA, parameters, gradients and state are CPU tensors (no GPU needed)."""
+"""Offloaded FSDP2 parameters: a CUDA mesh, but parameters, gradients and state on the CPU (no GPU needed)."""
 
 import copy
 
-import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard

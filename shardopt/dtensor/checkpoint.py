@@ -3,7 +3,9 @@
 import json
 import warnings
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from shardopt.dtensor.channel import Channel, channel
-from shardopt.dtensor.manifest import Damaged, clean, committed, damaged_files, is_checkpoint, step_name
+from shardopt.dtensor.manifest import Damaged, committed, damaged_files, is_checkpoint, read_manifest, settle, step_name
 from shardopt.dtensor.record import optimizer_state, record_of
 from shardopt.dtensor.restore import restore
 from shardopt.dtensor.stored import Stored, quiet, reasons
@@ -23,29 +25,51 @@ VERIFIED_BYTES = 20_000_000_000  # checkpoints below this have their checksums v
 
 
 class Save:
-    """A save under way, or done. folder: the checkpoint's directory. told: whether its failure has been raised."""
+    """A save under way, or done. folder: the checkpoint's directory. told: whether its failure has been raised.
 
-    def __init__(self, folder: Path, future: Future[Any] | None = None) -> None:
-        self.folder, self.future, self.told = folder, future, False
+    first: whether this is rank 0, which undoes a save that failed.
+    """
+
+    def __init__(self, folder: Path, future: Future[Any] | None = None, first: bool = True) -> None:
+        self.folder, self.future, self.told, self.first = folder, future, False, first
+        self.awaited, self.undone, self.lock = False, False, Lock()
+        if future is not None:
+            future.add_done_callback(self.ended)
 
     def done(self) -> bool:
         return self.future is None or self.future.done()
 
     def wait(self) -> Path:
         """Wait until the checkpoint is committed; its directory. ValueError where saving failed, on any rank."""
+        self.awaited = True
         try:
             if self.future is not None:
                 self.future.result()
         except CheckpointException as error:
             self.told = True
-            raise failed(self.folder, error) from error
+            raise self.failed(error) from error
         return self.folder
 
+    def failed(self, error: BaseException) -> ValueError:
+        """The error to raise, after what was written is removed and what it was to replace is put back."""
+        why = str(error)
+        if isinstance(error, CheckpointException):  # every rank has stopped writing
+            why = reasons(error)
+            with self.lock, suppress(OSError):  # what is left here, the next save cleans
+                if self.first and not self.undone:
+                    self.undone = True
+                    settle(self.folder)
+        return ValueError(
+            f"{self.folder} could not be saved: {why}. It is not committed, the checkpoints before it are untouched"
+        )
 
-def failed(folder: Path, error: CheckpointException) -> ValueError:
-    return ValueError(
-        f"{folder} could not be saved: {reasons(error)}. It is not committed, the checkpoints before it are untouched"
-    )
+    def ended(self, future: Future[Any]) -> None:
+        """Called when an asynchronous save ends: its failure is told even if nobody ever waits for it."""
+        error = future.exception()
+        if error is not None:
+            told = self.failed(error)
+            if not self.awaited:
+                warnings.warn(str(told), stacklevel=2)
 
 
 def save_checkpoint(
@@ -62,17 +86,23 @@ def save_checkpoint(
 
     The directory is stock torch.distributed.checkpoint with the names "model" and "optim" (nested), plus
     `manifest.json` and, written when every rank has succeeded, `COMMITTED`: what lacks it is no checkpoint and is
-    removed by the next save or load. A checkpoint of the same step is replaced.
+    removed by the next save, where it was one of ours (it then holds `SAVING`). A checkpoint of the same step is
+    replaced: it is `step_00000100.being_replaced` until the new one is committed, and is put back where that fails.
 
-    extra: any JSON, returned by `load_checkpoint`. keep: remove all but the last so many, once this one is committed.
+    extra: a dict of any JSON but without the key "step", returned by `load_checkpoint`. keep: remove all but the last
+    so many, once this one is committed; what cannot be removed is a warning.
     blocking=False: the state is copied to CPU memory, then written while training goes on; one save at a time, so
     the next one first waits. All ranks need to see the same directory; collectives go through a gloo group of their
     own. ValueError for bad arguments, and, here or from `wait()`, where a save failed.
     """
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise ValueError(f"step is {step!r}; it must be an integer of at least 0, the number of steps done")
-    if keep is not None and keep < 1:
-        raise ValueError(f"keep is {keep}; it must be at least 1, or None to keep all checkpoints")
+    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
+        raise ValueError(f"keep is {keep!r}; it must be an integer of at least 1, or None to keep all checkpoints")
+    if extra is not None and not isinstance(extra, dict):
+        raise ValueError(f"extra is a {type(extra).__name__}; it must be a dict, or None")
+    if "step" in (extra or {}):
+        raise ValueError("extra has the key 'step', under which load_checkpoint returns the step; use another name")
     try:
         extra = json.loads(json.dumps(extra or {}))
     except (TypeError, ValueError) as error:
@@ -91,11 +121,11 @@ def save_checkpoint(
         try:
             save(state, storage_writer=writer, **options)
         except CheckpointException as error:
-            raise failed(folder, error) from error
+            raise Save(folder, first=ranks.rank == 0).failed(error) from error
         return Save(folder)
     future = async_save(state, storage_writer=writer, **options)
     assert isinstance(future, Future)
-    ranks.pending = Save(folder, future)
+    ranks.pending = Save(folder, future, ranks.rank == 0)
     return ranks.pending
 
 
@@ -113,11 +143,13 @@ def load_checkpoint(
 
     path: a directory of steps, or one checkpoint of ours or of plain torch.distributed.checkpoint (of a torch.optim
     optimizer too, nested or flattened). Another codec, add-on or rounding than the saved one is transcoded, in
-    buckets; another rule is a ValueError. Parameters that the checkpoint lacks are listed in one warning; their
-    state starts fresh. Hyper-parameters of the groups are restored.
+    buckets; another rule, or a switch such as nesterov, is a ValueError. Parameters that the checkpoint lacks or
+    alone has are listed in one warning; the state of the former starts fresh. Hyper-parameters of the groups are
+    restored; a weight decay that was coupled and here is decoupled, or the reverse, is a warning.
 
-    step: "latest" removes what saves that never ended have left, takes the newest checkpoint whose files are intact
-    and warns of every damaged one; None is returned where there is none. A number: that step or a ValueError.
+    step: "latest" takes the newest checkpoint whose files are intact and warns of every damaged one; None is returned
+    where there is none. A number: that step or a ValueError, also where path is one checkpoint that has a manifest.
+    Nothing is ever removed or written.
     verify: whether checksums are compared (sizes always are); None: where all files are below 20 GB. Nothing is
     changed when a ValueError is raised for what does not match.
     """
@@ -129,7 +161,7 @@ def load_checkpoint(
     def load(folder: Path) -> dict[str, Any]:
         return load_folder(folder, model, opt, ranks, verify, (model_key, optim_key))
 
-    single, found = ranks.on_first(lambda: look(root, step == "latest"))
+    single, found = ranks.on_first(lambda: look(root, step))
     if single:
         return load(root)
     if step != "latest":
@@ -149,12 +181,13 @@ def load_checkpoint(
     return None
 
 
-def look(root: Path, tidy: bool) -> tuple[bool, dict[int, Path]]:
-    """(whether `root` is itself a checkpoint, else its checkpoints by step), after what crashes left is removed."""
+def look(root: Path, step: Any) -> tuple[bool, dict[int, Path]]:
+    """(whether `root` is itself a checkpoint, else its checkpoints by step). ValueError where it is of another step."""
     if is_checkpoint(root):
+        told = read_manifest(root) if step != "latest" else None
+        if told is not None and told["step"] != step:
+            raise ValueError(f"{root} is the checkpoint of step {told['step']}, not of step {step}")
         return True, {}
-    if tidy:
-        clean(root)
     return False, committed(root)
 
 

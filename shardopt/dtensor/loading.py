@@ -39,7 +39,9 @@ def load_groups(groups: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]
 def check_switches(number: int, group: dict[str, Any], saved: dict[str, Any]) -> None:
     """What torch's groups say about the maths must be what this group does."""
     here = {name: group[name] for name in SWITCHES if name in group}
-    here |= {"amsgrad": False, "decoupled_weight_decay": "l2" not in str(group["recipe"]).split("/")[2].split(",")}
+    here["amsgrad"] = False
+    if saved.get("weight_decay"):
+        here["decoupled_weight_decay"] = "l2" not in str(group["recipe"]).split("/")[2].split(",")
     for name, value in here.items():
         if name in saved and bool(saved[name]) != bool(value):
             raise ValueError(
@@ -86,6 +88,8 @@ def load_states(
 
 def checked(what: str, target: Tensor, source: Any) -> Tensor:
     """The local content for `target`, after its shape, dtype and sharding were compared."""
+    if not isinstance(source, (Tensor, int, float)):
+        raise ValueError(f"{what} is {source!r} in the state dict; it must be a tensor")
     if not isinstance(source, Tensor):
         source = torch.tensor(source)
     if what.endswith(f": {STEP}") and source.numel() == 1:  # torch and others keep counts in other dtypes

@@ -2,21 +2,27 @@
 
 A checkpoint is the directory `step_00000100` in the format of torch.distributed.checkpoint, plus `manifest.json`
 (recipes, parameters, size and crc32 of every file, the user's `extra`) and, written last of all, `COMMITTED`, which
-holds size and crc32 of the manifest. A directory without `COMMITTED` is what a crash left.
+holds size and crc32 of the manifest. Until then the directory holds `SAVING` instead, from its first moment on, which
+is how a save knows later what a crash of an earlier one has left. Beside it are, for moments, directories named
+`step_00000100.being_made`, `.being_replaced` (until the new one is committed) and `.being_removed`.
 """
 
 import json
 import os
 import re
 import shutil
+import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 FORMAT = 1
-MANIFEST, COMMITTED, METADATA = "manifest.json", "COMMITTED", ".metadata"
+MANIFEST, COMMITTED, SAVING, METADATA = "manifest.json", "COMMITTED", "SAVING", ".metadata"
+NEW, OLD, GONE = ".being_made", ".being_replaced", ".being_removed"  # names that no one gives by hand
 STEP_NAME = re.compile(r"step_(\d{8,})")
+BESIDE_NAME = re.compile(r"(step_\d{8,})(\.being_made|\.being_replaced|\.being_removed)")
 CHUNK = 1 << 24
 
 
@@ -54,23 +60,83 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def discard(folder: Path) -> None:
-    """Remove a checkpoint, the marker first: what a crash leaves of it is no checkpoint any more."""
+    """Remove a directory, the marker first: what a crash leaves of it is no checkpoint any more."""
     (folder / COMMITTED).unlink(missing_ok=True)
     shutil.rmtree(folder)
 
 
+def beside(folder: Path, suffix: str) -> Path:
+    return folder.with_name(folder.name + suffix)
+
+
+def there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint, under another name first: a crash leaves it whole or gone. Of a link, the link alone."""
+    if folder.is_symlink():
+        return folder.unlink()
+    going = folder.with_suffix(GONE)
+    if going.exists():
+        discard(going)
+    discard(folder.rename(going))
+
+
+def begin(folder: Path) -> None:
+    """Make the directory of a save, which holds `SAVING` from its first moment on; what has its name is put aside."""
+    clean(folder.parent)
+    if there(folder):
+        if not any((folder / name).exists() for name in (MANIFEST, COMMITTED)) and any(folder.iterdir()):
+            raise FileExistsError(f"{folder} is there, and not shardopt's to replace; move it or remove it")
+        folder.rename(beside(folder, OLD))
+    new = beside(folder, NEW)
+    new.mkdir(parents=True)
+    write_durably(new / SAVING, b"being written\n")
+    new.rename(folder)
+    sync_folder(folder.parent)
+
+
+def settle(folder: Path) -> None:
+    """Where the save into `folder` ended, drop what it replaced; else drop what it wrote and put that back."""
+    old = beside(folder, OLD)
+    if is_committed(folder):
+        if there(old):
+            remove(old)
+        return
+    if (folder / SAVING).exists():
+        remove(folder)
+    if there(old) and not there(folder):
+        old.rename(folder)
+
+
 def clean(root: Path) -> None:
-    """Remove what saves that never ended have left."""
-    for folder in step_folders(root).values():
-        if not is_committed(folder):
-            discard(folder)
+    """Undo saves of ours that never ended: what they wrote is removed, what they replaced is back. Nothing else."""
+    names = {name.name for name in step_folders(root).values()}
+    for entry in list(root.iterdir()) if root.is_dir() else ():
+        if match := BESIDE_NAME.fullmatch(entry.name):
+            names.add(match[1])
+            if match[2] in (NEW, GONE) and not entry.is_symlink():
+                discard(entry)
+    for name in sorted(names):
+        settle(root / name)
 
 
 def prune(root: Path, keep: int, newest: Path) -> None:
     """Remove all but the last `keep` checkpoints, `newest`, just written, being one of them whatever its step."""
     others = [folder for folder in committed(root).values() if folder != newest]
     for folder in others[: max(0, len(others) + 1 - keep)]:
-        discard(folder)
+        with removing(folder):
+            remove(folder)
+
+
+@contextmanager
+def removing(folder: Path) -> Iterator[None]:
+    """What cannot be removed is told in a warning: the save itself is committed."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"{folder} could not be removed ({error}); the new checkpoint is committed", stacklevel=2)
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -96,11 +162,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def commit(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest, then the marker that makes the directory a checkpoint."""
+    """Write the manifest, then the marker that makes the directory a checkpoint, in the place of `SAVING`."""
     content = json.dumps(manifest, indent=1).encode()
     write_durably(folder / MANIFEST, content)
     marker = {"size": len(content), "crc32": zlib.crc32(content)}
-    write_durably(folder / COMMITTED, json.dumps(marker).encode())
+    write_durably(folder / SAVING, json.dumps(marker).encode())
+    (folder / SAVING).replace(folder / COMMITTED)
+    sync_folder(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -108,7 +176,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
     Damaged, which names the file; ValueError for a version that this one cannot read.
     """
-    if not any((folder / name).exists() for name in (MANIFEST, COMMITTED)):
+    if not any((folder / name).exists() for name in (MANIFEST, COMMITTED, SAVING)):
         return None
     try:
         marker = json.loads((folder / COMMITTED).read_bytes())

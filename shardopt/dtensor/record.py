@@ -14,6 +14,8 @@ from shardopt.dtensor.manifest import FORMAT
 
 def optimizer_state(model: torch.nn.Module, opt: torch.optim.Optimizer) -> tuple[list[list[str]], dict[str, Any]]:
     """(names of the parameters of every group, the optimizer's nested state dict by those names)."""
+    if hasattr(opt, "settle"):
+        opt.settle()  # a scheduler may have switched a momentum on
     for group in opt.param_groups:
         if any(lazy.is_meta(p) for p in group["params"]):
             raise ValueError("the optimizer holds parameters on the meta device; save and load after to_empty")
@@ -40,13 +42,14 @@ def torchs_switches(coupled: bool, nesterov: bool) -> dict[str, Any]:
 
 def record_of(opt: torch.optim.Optimizer, names: Sequence[Sequence[str]]) -> dict[str, Any]:
     """What the manifest says about the optimizer: recipes by group, and how every parameter's slots are stored."""
-    described = [recipe.describe() for recipe in getattr(opt, "recipes", ())]
+    by_group = getattr(opt, "recipes", None)  # made anew on every look
+    described = [recipe.describe() for recipe in by_group or ()]
     described = described or [{"optimizer": type(opt).__name__} for _ in names]
     parameters: dict[str, Any] = {}
     for number, (group, group_names) in enumerate(zip(opt.param_groups, names)):
         for name, p in zip(group_names, group["params"]):
             state = opt.state.get(p, {})
-            codecs = opt.recipes[number].codecs(view_shape(tuple(p.shape)), p.dtype) if hasattr(opt, "recipes") else {}
+            codecs = by_group[number].codecs(view_shape(tuple(p.shape)), p.dtype) if by_group else {}
             parameters[name] = {
                 "shape": list(p.shape),
                 "dtype": name_of(p.dtype),

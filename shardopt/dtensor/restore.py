@@ -26,16 +26,20 @@ from shardopt.state import KEY, STEP, part_name, part_specs
 class Plan:
     """What a load will do. reads: entry -> tensor to be read into. steps: entry of a plain number -> step count.
 
-    fresh: (state, slots, layout, device) to start anew. unstepped: step counts to be reset. missing: what the
-    checkpoint does not have; cast: model entries of another dtype; both in words.
+    fresh: (state, slots, layout, device) to start anew. counts: step counts and what they are set to. made: frozen
+    parameters whose state was made for this load. In words: missing, what the checkpoint does not have; surplus, what
+    it alone has; cast, model entries of another dtype; decays, weight decay of another kind.
     """
 
     reads: dict[str, Any] = field(default_factory=dict)
     steps: dict[str, Tensor] = field(default_factory=dict)
     jobs: list[Job] = field(default_factory=list)
     fresh: list[tuple[dict[str, Tensor], dict[str, Codec], Layout, torch.device]] = field(default_factory=list)
-    unstepped: list[Tensor] = field(default_factory=list)
+    counts: list[tuple[Tensor, int]] = field(default_factory=list)
+    made: list[Tensor] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    surplus: list[str] = field(default_factory=list)
+    decays: list[str] = field(default_factory=list)
     cast: list[str] = field(default_factory=list)
 
 
@@ -48,6 +52,10 @@ def plan_model(plan: Plan, stored: Stored, model_state: Mapping[str, Any], key: 
             f"{stored.folder} has none of the model's parameters under {key!r}; its top-level names are "
             f"{', '.join(stored.top_level())}. Give the right one as model_key"
         )
+    if prefix:
+        theirs = (name[len(prefix) :] for name in stored.entries if name.startswith(prefix))
+        inside = tuple(f"{name}." for name, value in model_state.items() if not isinstance(value, Tensor))
+        plan.surplus += [name for name in theirs if name not in model_state and not name.startswith(inside)]
     for name, value in model_state.items():
         if name not in found:
             plan.missing.append(f"{name} (the model's)")
@@ -76,17 +84,27 @@ class OptimizerPlanner:
 
     def add(self, names: Sequence[Sequence[str]]) -> None:
         """All parameters; names: per group. ValueError for a rule, slot or shape that does not match."""
-        self.have = self.suffixes({name for group in names for name in group})
-        if not any(self.have.values()) and any(names):
+        known = {name for group in names for name in group}
+        self.have = self.suffixes(known)
+        if not any(self.have.values()) and any(names) and known.isdisjoint(self.groups.names):
             raise ValueError(
                 f"{self.stored.folder} has no state of this optimizer's parameters under {self.key!r}; its top-level "
                 f"names are {', '.join(self.stored.top_level())}. Give the right one as optim_key"
             )
+        others = set(self.have) - known - set(self.plan.surplus)
+        self.plan.surplus += [f"{name} (its optimizer state)" for name in sorted(others) if self.have[name]]
         recipes = getattr(self.opt, "recipes", [None] * len(names))
+        for number, (recipe, group, group_names) in enumerate(zip(recipes, self.opt.param_groups, names)):
+            if recipe is not None:
+                self.plan.decays += self.groups.check(number, group, recipe, group_names)
+        if hasattr(self.opt, "make_states"):
+            pairs = [both for i, g in enumerate(self.opt.param_groups) for both in zip(names[i], g["params"])]
+            self.plan.made += [p for name, p in pairs if self.have[name] and p not in self.opt.state]
+            self.opt.make_states(frozen=set(self.plan.made))
         for recipe, group, group_names in zip(recipes, self.opt.param_groups, names):
             for name, p in zip(group_names, group["params"]):
                 if p not in self.opt.state:
-                    continue  # a frozen parameter has none
+                    continue  # a frozen parameter has none, here and there
                 if recipe is None:
                     self.parameter_of_torch(name, self.opt.state[p])
                 else:
@@ -126,12 +144,13 @@ class OptimizerPlanner:
         have, prefix = self.have[name], f"{self.key}.state.{name}."
         told = (self.stored.manifest or {}).get("parameters", {}).get(name)
         view, shape, state = view_shape(tuple(p.shape)), tuple(p.shape), dict(self.opt.state[p])
-        layout, device = self.opt.layout(p), lazy.local_device(p)
+        layout, device = self.opt.plan(recipe, p).layout, lazy.local_device(p)
         codecs = recipe.codecs(view, p.dtype)
         if not have:
-            self.plan.missing.append(f"{name} (its optimizer state)")
+            if codecs or self.groups.recipe_of(name) is not None:  # torch's SGD without momentum has no state
+                self.plan.missing.append(f"{name} (its optimizer state)")
             self.plan.fresh.append((state, codecs, layout, device))
-            self.plan.unstepped.append(state[STEP])
+            self.plan.counts.append((state[STEP], 0))
             return
         self.check_rule(name, recipe, have, set(codecs))
         signed = {slot.name: slot.signed for slot in (*recipe.slots(), *recipe.write.slots(p.dtype))}
@@ -157,8 +176,10 @@ class OptimizerPlanner:
         """step, and the key of the noise where this recipe draws some and the saved one did too."""
         if self.stored.tensor(prefix + STEP) is not None:
             self.plan.reads[prefix + STEP] = state[STEP]
-        else:
+        elif prefix + STEP in self.stored.entries:
             self.plan.steps[prefix + STEP] = state[STEP]
+        else:  # torch's SGD and friends count no steps
+            self.plan.counts.append((state[STEP], 1))
         if KEY in state and self.stored.tensor(prefix + KEY) is not None:
             self.plan.reads[prefix + KEY] = state[KEY]
 
@@ -187,8 +208,8 @@ def carry_out(plan: Plan, stored: Stored, ranks: Channel, answers: Any) -> dict[
     values = stored.read({**plan.reads, **dict.fromkeys(plan.steps)}, ranks)
     for name, target in plan.steps.items():
         target.fill_(values[name])
-    for target in plan.unstepped:
-        target.zero_()
+    for target, count in plan.counts:
+        target.fill_(count)
     for state, codecs, layout, device in plan.fresh:
         for name, part in part_specs(codecs, layout).items():
             put(state[name], local_of(layout.new(part, device)))
@@ -203,7 +224,12 @@ def restore(stored: Stored, model: torch.nn.Module, opt: Any, ranks: Channel, ke
     groups = SavedGroups(stored, ranks, keys[1], [name for group in names for name in group])
     plan_model(plan, stored, model_state, keys[0])
     planner = OptimizerPlanner(plan, stored, opt, groups, keys[1])
-    planner.add(names)
+    try:
+        planner.add(names)
+    except ValueError:
+        for p in plan.made:
+            dict.pop(opt.state, p, None)
+        raise
     if ranks.rank == 0:
         report(plan, stored.folder)
     values = carry_out(plan, stored, ranks, getattr(opt, "answers", None))
@@ -211,13 +237,18 @@ def restore(stored: Stored, model: torch.nn.Module, opt: Any, ranks: Channel, ke
     set_model_state_dict(model, {name: values.get(prefix + name, value) for name, value in model_state.items()})
     for group, group_names in zip(opt.param_groups, names):
         groups.restore(group, group_names)
-    if hasattr(opt, "calls"):
-        opt.calls = max(opt.calls, 1)
+    if hasattr(opt, "resumed"):
+        opt.resumed(p for group in opt.param_groups for p in group["params"])
     return max((int(state[STEP]) for state in opt.state.values() if STEP in state), default=0)
 
 
 def report(plan: Plan, folder: Path) -> None:
-    if plan.missing:
-        warnings.warn(f"{folder} lacks {', '.join(plan.missing)}: left as they are, or started fresh", stacklevel=2)
+    told = [f"lacks {', '.join(plan.missing)}: left as they are, or started fresh"] if plan.missing else []
+    if plan.surplus:
+        told.append(f"holds {', '.join(plan.surplus)}, which this model or optimizer has not: ignored")
+    if told:
+        warnings.warn(f"{folder} {'; it '.join(told)}", stacklevel=2)
+    if plan.decays:
+        warnings.warn(f"{folder}: {'; '.join(plan.decays)}", stacklevel=2)
     if plan.cast:
         warnings.warn(f"{folder} has other dtypes, which were converted: {', '.join(plan.cast)}", stacklevel=2)

@@ -83,9 +83,7 @@ class CheckpointWriter(FileSystemWriter):
     def prepare_local_plan(self, plan: Any) -> Any:
         if not self.coordinator:
             return plan  # rank 0 alone makes the directory: it may be removing an older one just now
-        if self.folder.exists():
-            manifest.discard(self.folder)
-        manifest.clean(self.folder.parent)
+        manifest.begin(self.folder)
         return super().prepare_local_plan(plan)
 
     def write_data(self, plan: Any, planner: Any) -> Future:
@@ -102,6 +100,8 @@ class CheckpointWriter(FileSystemWriter):
         for each in results:
             files.update(each.files)
         manifest.commit(self.folder, {**self.record, "files": dict(sorted(files.items()))})
+        with manifest.removing(manifest.beside(self.folder, manifest.OLD)):
+            manifest.settle(self.folder)
         if self.keep is not None:
             manifest.prune(self.folder.parent, self.keep, self.folder)
 

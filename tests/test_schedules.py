@@ -1,0 +1,101 @@
+"""Schedulers that change more than the rate: momenta switched on, rates a hair below zero, runs that resume."""
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LinearLR, OneCycleLR
+
+import shardopt
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+OPTIMIZERS = {
+    "sgd": (lambda p: shardopt.SGD(p, lr=1e-3, state="fp32"), lambda p: torch.optim.SGD(p, lr=1e-3)),
+    "rmsprop": (lambda p: shardopt.RMSprop(p, lr=1e-3, state="fp32"), lambda p: torch.optim.RMSprop(p, lr=1e-3)),
+}
+
+
+def job(make):
+    torch.manual_seed(0)
+    model = nn.Linear(40, 120)
+    opt = make(model.parameters())
+    return model, opt, OneCycleLR(opt, 1e-2, total_steps=20)
+
+
+def train(model, opt, schedule, first, last):
+    for step in range(first, last):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+        opt.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_momentum_that_a_scheduler_switches_on(name):
+    """Equal to torch. Kills: slots settled when the optimizer is built, before its scheduler."""
+    ours, theirs = (job(make) for make in OPTIMIZERS[name])
+    train(*ours, 0, 8)
+    train(*theirs, 0, 8)
+    for p, q in zip(ours[0].parameters(), theirs[0].parameters()):
+        assert (p - q).norm() <= 1e-6 * q.norm()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_it_resumes(name, tmp_path):
+    """Kills: a load that compares the recipe from before the scheduler's momentum."""
+    make = OPTIMIZERS[name][0]
+    model, opt, schedule = job(make)
+    train(model, opt, schedule, 0, 3)
+    assert "momentum" in opt.explain() and shardopt.state_bytes(opt).per_parameter > 0
+    shardopt.save_checkpoint(tmp_path, model, opt, step=3)
+    saved = {"opt": opt.state_dict(), "schedule": schedule.state_dict()}
+    for load in ("checkpoint", "state dict"):
+        other, target, again = job(make)
+        if load == "checkpoint":
+            assert shardopt.load_checkpoint(tmp_path, other, target) == {"step": 3}
+        else:
+            other.load_state_dict(model.state_dict())
+            target.load_state_dict(saved["opt"])
+        again.load_state_dict(saved["schedule"])
+        whole, optimizer, plan = job(make)
+        train(whole, optimizer, plan, 0, 6)
+        train(other, target, again, 3, 6)
+        assert all(p.equal(q) for p, q in zip(other.parameters(), whole.parameters()))
+
+
+def test_a_group_that_has_not_stepped_may_still_change():
+    """Kills: "started" taken from the optimizer instead of the group."""
+    a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    opt = shardopt.SGD([a])
+    a.grad = torch.ones(3)
+    opt.step()
+    opt.add_param_group({"params": [b]})
+    opt.param_groups[1]["momentum"] = 0.9
+    b.grad = torch.ones(3)
+    opt.step()
+    assert "momentum_buffer" in opt.state[b]
+    opt.param_groups[0]["momentum"] = 0.9
+    with pytest.raises(ValueError, match="Build the optimizer with a momentum"):
+        opt.step()
+
+
+def test_a_rate_a_hair_below_zero_is_no_error():
+    """torch's LinearLR ends at -3e-20 for many lengths. Kills: the constructor's check of lr at every step."""
+    p = nn.Parameter(torch.ones(3))
+    opt = shardopt.AdamW([p], lr=1e-2)
+    schedule = LinearLR(opt, end_factor=0.0, total_iters=10)
+    for _ in range(11):
+        p.grad = torch.ones(3)
+        opt.step()
+        schedule.step()
+    assert opt.param_groups[0]["lr"] < 0
+
+
+def test_a_state_dict_that_needs_other_slots_is_refused_before_anything_changes():
+    """Kills: groups adopted first, so that the next step fails."""
+    p = nn.Parameter(torch.ones(3))
+    opt = shardopt.SGD([p], momentum=0.9, state="fp32")
+    p.grad = torch.ones(3)
+    opt.step()
+    with pytest.raises(ValueError, match="momentum"):
+        opt.load_state_dict(torch.optim.SGD([p], momentum=0.0).state_dict())
+    opt.step()
