@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from shardopt.codecs import Codec
-from shardopt.codecs.geometry import Geometry, Runs
+from shardopt.codecs.geometry import Geometry, taken
 from shardopt.recipe import Recipe
 from shardopt.state import KEY, STEP, part_specs
 
@@ -88,14 +88,3 @@ def pieces(item: Item) -> list[Item]:
         layout = Rows(Geometry(geo.view, runs, geo.cuts))
         cut.append(Item(p[first:last], grad[first:last], layout, item.recipe, item.codecs, state, item.group))
     return cut
-
-
-def taken(runs: Runs, first: int, last: int) -> Runs:
-    """The local entries first..last-1 of a dim, as runs."""
-    found, position = [], 0
-    for start, length in runs:
-        low, high = max(first, position), min(last, position + length)
-        if low < high:
-            found.append((start + low - position, high - low))
-        position += length
-    return tuple(found)

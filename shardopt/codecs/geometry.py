@@ -15,6 +15,17 @@ from math import prod
 Runs = tuple[tuple[int, int], ...]  # (first, length) pieces of one dim, in local order
 
 
+def taken(runs: Runs, first: int, last: int) -> Runs:
+    """The local entries first..last-1 of a dim, as runs."""
+    found, position = [], 0
+    for start, length in runs:
+        low, high = max(first, position), min(last, position + length)
+        if low < high:
+            found.append((start + low - position, high - low))
+        position += length
+    return tuple(found)
+
+
 def view_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The view of a parameter of this global shape. A 0-d parameter is a vector of one."""
     shape = tuple(shape)

@@ -4,7 +4,7 @@ from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
-from shardopt.codecs.geometry import Runs
+from shardopt.codecs.geometry import Runs, taken
 
 
 class Cut(NamedTuple):
@@ -20,13 +20,7 @@ def chunk(runs: Runs, pieces: int, index: int) -> Runs:
     total = sum(length for _, length in runs)
     step = -(-total // pieces) if total else 0
     begin, end = min(index * step, total), min((index + 1) * step, total)
-    taken, position = [], 0
-    for first, length in runs:
-        low, high = max(begin, position), min(end, position + length)
-        if low < high:
-            taken.append((first + low - position, high - low))
-        position += length
-    return tuple(taken)
+    return taken(runs, begin, end)
 
 
 def pieces_of(length: int, cuts: tuple[Cut, ...], where: dict[int, int]) -> Runs:
@@ -36,10 +30,10 @@ def pieces_of(length: int, cuts: tuple[Cut, ...], where: dict[int, int]) -> Runs
     """
     runs: Runs = ((0, length),)
     for cut in cuts:
-        taken: list[tuple[int, int]] = []
+        held: list[tuple[int, int]] = []
         for piece in range(cut.split):
-            taken.extend(chunk(chunk(runs, cut.split, piece), cut.size, where[cut.axis]))
-        runs = tuple(taken)
+            held.extend(chunk(chunk(runs, cut.split, piece), cut.size, where[cut.axis]))
+        runs = tuple(held)
     return merge(runs) or ((0, 0),)
 
 
