@@ -122,7 +122,10 @@ def nonfinite_flags(items: Sequence[Item]) -> list[tuple[Any, Any]]:
     if not items:
         return []
     count = sum((nonfinite_count(item.grad).to(items[0].grad.device) for item in items), start=torch.zeros(()).double())
-    layouts = sorted((item.layout for item in items), key=lambda layout: -layout.mesh_ranks.numel())
+    meshes: dict[int, Any] = {}  # one layout a mesh: a step must not compare the ranks of every parameter
+    for item in items:
+        meshes.setdefault(id(item.layout.mesh), item.layout)
+    layouts = sorted(meshes.values(), key=lambda layout: -layout.mesh_ranks.numel())
     chosen: list[Any] = []
     for layout in layouts:
         if not chosen or not any(set(layout.mesh_ranks.tolist()) <= set(c.mesh_ranks.tolist()) for c in chosen):
