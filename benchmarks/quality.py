@@ -12,7 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,28 @@ RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 SMALL = Config(
     dim=96, layers=3, heads=4, context=96, hidden=256, global_batch=16, steps=300, eval_batches=32, qk_norm=True
 )
+BASE = "adamw-fp32"
 LONG = replace(SMALL, dim=128, layers=5, hidden=384, steps=1000)
-Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+Make = Callable[..., torch.optim.Optimizer]
+"""Groups and the shared settings to an optimizer."""
 
 
-def adamw(state: Any, beta2: float = 0.999, **options: Any) -> Make:
-    return lambda groups: shardopt.AdamW(groups, betas=(0.9, beta2), weight_decay=0.1, state=state, **options)
+@dataclass(frozen=True)
+class Settings:
+    """What every contender of one comparison shares. `embed_lr` is the rate of embedding and head."""
+
+    lr: float = 6e-3
+    embed_lr: float = 6e-2
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    steps: int = 300
+
+
+def adamw(state: Any, **options: Any) -> Make:
+    return lambda groups, at: shardopt.AdamW(
+        groups, betas=(0.9, at.beta2), eps=at.eps, weight_decay=at.weight_decay, state=state, **options
+    )
 
 
 def mapped(signed: Any, non_negative: Any) -> dict[str, Any]:
@@ -56,14 +72,10 @@ CONTENDERS: dict[str, Make] = {
     "adamw-fp32-bf16-kahan": adamw("fp32", rounding="kahan"),
     "control-linear-uint8": adamw(mapped("int8", LinearUint8())),
     "control-linear-int4": adamw(mapped("int4", LinearUint4())),
-    "beta95-fp32": adamw("fp32", 0.95),
-    "beta95-int8": adamw("int8", 0.95),
-    "beta95-int4": adamw("int4", 0.95),
 }
 for signed in ("int8", "sqrt8", "dyn8", "int4", "dyn4", "fp8", "int4(block=64)", "dyn4(block=64)"):
     for second in ("log8", "root4", "dyn8", "log4", "factored", "fp32"):
         CONTENDERS[f"adamw-{signed}-{second}"] = adamw(mapped(signed, second))
-        CONTENDERS[f"beta95-{signed}-{second}"] = adamw(mapped(signed, second), 0.95)
 
 
 def groups_of(model: nn.Module, lr: float, embed_lr: float) -> list[dict[str, Any]]:
@@ -80,7 +92,7 @@ def schedule(step: int, steps: int) -> float:
 torch.set_num_threads(1)
 
 
-def train(name: str, seed: int, lr: float, embed_lr: float, config: Config) -> dict[str, Any]:
+def train(name: str, seed: int, at: Settings, config: Config) -> dict[str, Any]:
     config = replace(config, seed=seed)
     corpus = data.load(config)
     torch.manual_seed(seed)
@@ -89,7 +101,7 @@ def train(name: str, seed: int, lr: float, embed_lr: float, config: Config) -> d
     low = "-bf16-" in name
     if low:
         model.to(torch.bfloat16)
-    optimizer = CONTENDERS[name](groups_of(model, lr, embed_lr))
+    optimizer = CONTENDERS[name](groups_of(model, at.lr, at.embed_lr), at)
     rates = [group["lr"] for group in optimizer.param_groups]
 
     def loss_of(batch: torch.Tensor) -> torch.Tensor:
@@ -117,9 +129,7 @@ def train(name: str, seed: int, lr: float, embed_lr: float, config: Config) -> d
     return {
         "name": name,
         "seed": seed,
-        "lr": lr,
-        "embed_lr": embed_lr,
-        "steps": config.steps,
+        **asdict(at),
         "parameters": sum(p.numel() for p in model.parameters()),
         "corpus": corpus.hash,
         "loss": round(statistics.mean(losses), 5) if len(curve) == config.steps else float("nan"),
@@ -132,54 +142,53 @@ def read() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
-def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["name"], row["seed"], row["lr"], row["embed_lr"], row["steps"]
+def settings_of(row: dict[str, Any]) -> Settings:
+    return Settings(**{field.name: row[field.name] for field in fields(Settings)})
 
 
-def run(names: list[str], seeds: list[int], lr: float, embed_lr: float, config: Config) -> None:
+def run(names: list[str], seeds: list[int], at: Settings, config: Config) -> None:
     for seed in seeds:
         for name in names:
-            if (name, seed, lr, embed_lr, config.steps) in {key_of(row) for row in read()}:
+            if (name, seed, at) in {(row["name"], row["seed"], settings_of(row)) for row in read()}:
                 continue
-            row = train(name, seed, lr, embed_lr, config)
+            row = train(name, seed, at, config)
             RESULTS.parent.mkdir(exist_ok=True)
             with RESULTS.open("a") as out:
                 out.write(json.dumps(row) + "\n")
             print(f"{name:44} seed {seed} loss {row['loss']:.5f}  step {row['step_seconds'] * 1e3:.0f} ms", flush=True)
 
 
-def table() -> None:
-    """Mean loss, and the mean and spread of the paired differences to the baseline of the same rates and seeds."""
-    rows = {key_of(row): row["loss"] for row in read()}
-    header = ("lr", 8), ("embed", 6), ("steps", 5), ("seeds", 5), ("loss", 9), ("difference", 11), ("spread", 8)
-    print(f"{'contender':44}", *(f"{word:>{width}}" for word, width in header))
-    for name, lr, embed_lr, steps in sorted({(k[0], *k[2:]) for k in rows}, key=str):
-        base = "beta95-fp32" if name.startswith("beta95") else "adamw-fp32"
-        losses = {k[1]: v for k, v in rows.items() if (k[0], *k[2:]) == (name, lr, embed_lr, steps)}
-        pairs = [
-            v - rows[base, s, lr, embed_lr, steps] for s, v in losses.items() if (base, s, lr, embed_lr, steps) in rows
-        ]
-        difference = f"{statistics.mean(pairs):+11.5f}" if pairs else " " * 11
-        spread = f"{statistics.stdev(pairs):8.5f}" if len(pairs) > 1 and all(map(isfinite, pairs)) else " " * 8
-        mean = statistics.mean(losses.values())
-        print(f"{name:44} {lr:8.1e} {embed_lr:6.0e} {steps:5} {len(losses):5} {mean:9.5f} {difference} {spread}")
+def table(seeds: list[int]) -> None:
+    """Mean loss, and the mean and spread of the paired differences to fp32 state at the same settings and seeds."""
+    rows = {(settings_of(row), row["name"], row["seed"]): row["loss"] for row in read() if row["seed"] in seeds}
+    for at in sorted({key[0] for key in rows}, key=astuple):
+        print(" ".join(f"{name} {value:g}" for name, value in asdict(at).items()))
+        for name in dict.fromkeys(key[1] for key in rows if key[0] == at):
+            losses = {key[2]: loss for key, loss in rows.items() if key[:2] == (at, name)}
+            pairs = [loss - rows[at, BASE, s] for s, loss in losses.items() if (at, BASE, s) in rows]
+            difference = f"{statistics.mean(pairs):+9.5f}" if pairs else " " * 9
+            spread = f"{statistics.stdev(pairs):8.5f}" if len(pairs) > 1 and all(map(isfinite, pairs)) else ""
+            print(f"  {name:36} {len(losses):2} seeds {statistics.mean(losses.values()):9.5f} {difference} {spread}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("what", choices=("run", "table", "names"))
-    parser.add_argument("--only", nargs="*", default=["adamw-fp32", "adamw-int8", "adamw-int4"])
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--lr", type=float, default=6e-3)
-    parser.add_argument("--embed-lr", type=float, default=6e-2)
+    parser.add_argument("--only", nargs="*", default=[BASE, "adamw-int8", "adamw-int4"])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[20, 21, 22])
+    for field in fields(Settings):
+        if field.name != "steps":
+            parser.add_argument("--" + field.name.replace("_", "-"), type=float, default=field.default)
     parser.add_argument("--long", action="store_true", help="1,000 steps of a model of 1M parameters")
     options = parser.parse_args()
+    config = LONG if options.long else SMALL
+    chosen = {field.name: getattr(options, field.name) for field in fields(Settings) if field.name != "steps"}
     if options.what == "run":
-        run(options.only, options.seeds, options.lr, options.embed_lr, LONG if options.long else SMALL)
+        run(options.only, options.seeds, Settings(**chosen, steps=config.steps), config)
     elif options.what == "names":
         print("\n".join(CONTENDERS))
     else:
-        table()
+        table(options.seeds)
 
 
 if __name__ == "__main__":

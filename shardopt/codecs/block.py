@@ -21,6 +21,7 @@ class Absmax(Codec):
 
     A subclass says what a code is: `quantise` (x / scale to codes) and its inverse `values`. scale is 0 exactly where
     the block is, is NaN where the block holds one, and has no floor: the codes do not depend on the gradient's scale.
+    A format of roots takes them before it divides (`relative`): one division a block in place of one an element.
     """
 
     dtype: ClassVar[torch.dtype] = torch.uint8
@@ -50,8 +51,12 @@ class Absmax(Codec):
         blocks = Blocks(geo, self.block)
         largest = yield from blocks.largest(x.abs())
         scale = torch.where(largest > 0, (largest / self.divisor).clamp_min(LEAST), largest)
-        ratio = x / blocks.spread(torch.where(scale == 0, 1, scale))
+        ratio = self.relative(x, torch.where(scale == 0, 1, scale), blocks)
         return {self.name: self.quantise(ratio, x, geo, noise), f"{self.name}_scale": scale}
+
+    def relative(self, x: Tensor, scale: Tensor, blocks: Blocks) -> Tensor:
+        """What `quantise` gets: x / scale."""
+        return x / blocks.spread(scale)
 
     def quantise(self, ratio: Tensor, x: Tensor, geo: Geometry, noise: Noise) -> Tensor:
         """Codes of ratio = x / scale, |ratio| <= divisor up to rounding; NaN may get any code."""
@@ -98,11 +103,15 @@ class Sqrt8(Absmax):
     non_negative: ClassVar[bool] = False
     dtype: ClassVar[torch.dtype] = torch.int8
 
+    def relative(self, x: Tensor, scale: Tensor, blocks: Blocks) -> Tensor:
+        """127 sign(x) sqrt(|x| / scale)."""
+        return (x.abs().sqrt_() * blocks.spread(127 / scale.sqrt())).copysign(x)
+
     def quantise(self, ratio: Tensor, x: Tensor, geo: Geometry, noise: Noise) -> Tensor:
-        return to_codes((127 * ratio.abs().sqrt()).copysign(ratio).round().clamp(-127, 127), self.dtype)
+        return to_codes(ratio.round().clamp(-127, 127), self.dtype)
 
     def values(self, codes: Tensor, geo: Geometry) -> Tensor:
-        t = codes.to(torch.float32) / 127
+        t = codes.to(torch.float32) * (1 / 127)  # 127 (1/127) is 1 in float32: the largest element keeps its bits
         return t * t.abs()
 
 
@@ -119,13 +128,16 @@ class Root4(Rounded, Absmax):
     name: ClassVar[str] = "root4"
     signed: ClassVar[bool] = False
 
+    def relative(self, x: Tensor, scale: Tensor, blocks: Blocks) -> Tensor:
+        """255 (x / scale)^(1/4)."""
+        return x.sqrt().sqrt_() * blocks.spread(255 / scale.sqrt().sqrt())
+
     def quantise(self, ratio: Tensor, x: Tensor, geo: Geometry, noise: Noise) -> Tensor:
-        t = 255 * ratio.sqrt().sqrt()
-        t = dither(t, uniform(noise()), t * TOLERANCE) if self.stochastic else t.round()
+        t = dither(ratio, uniform(noise()), ratio * TOLERANCE) if self.stochastic else ratio.round()
         return to_codes(torch.where(x > 0, t.clamp(1, 255), t), self.dtype)
 
     def values(self, codes: Tensor, geo: Geometry) -> Tensor:
-        t = codes.to(torch.float32) / 255
+        t = codes.to(torch.float32) * (1 / 255)  # 255 (1/255) is 1 in float32
         t = t * t
         return t * t
 

@@ -12,7 +12,7 @@ def adam_direction(m: Tensor, v: Tensor, bias2: Any, eps: Any, atan2: bool) -> T
 
     atan2 is evaluated in float64 and rounded: the vectorised float32 one depends on an element's place in memory.
     """
-    root = v.sqrt() / (bias2**0.5)
+    root = v.sqrt() * (bias2**-0.5)  # one division an element less than torch, at most 1 ulp apart
     if atan2:
         return torch.atan2(m.double(), root.double()).mul_(4 / pi).float()
     return m / root.add_(eps)
