@@ -27,7 +27,7 @@ from launch import data
 from launch.config import Config
 from launch.model import Decoder
 from launch.weights import init_weights
-from tests.bad_codecs import LinearUint4, LinearUint8
+from tests.bad_codecs import LinearUint4, LinearUint8, PlainUint4
 
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 SMALL = Config(
@@ -71,6 +71,7 @@ CONTENDERS: dict[str, Make] = {
     "adamw-fp32-bf16-nearest": adamw("fp32"),
     "adamw-fp32-bf16-kahan": adamw("fp32", rounding="kahan"),
     "control-linear-uint8": adamw(mapped("int8", LinearUint8())),
+    "control-plain-int4": adamw(mapped("int4", PlainUint4())),
     "control-linear-int4": adamw(mapped("int4", LinearUint4())),
 }
 for signed in ("int8", "sqrt8", "dyn8", "int4", "dyn4", "fp8", "int4(block=64)", "dyn4(block=64)"):

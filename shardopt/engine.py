@@ -8,7 +8,7 @@ from torch import Tensor
 
 from shardopt.asks import EVERYWHERE, Asking, Sum, as_tuple, is_group
 from shardopt.codecs.noise import PARAMETER_STREAM
-from shardopt.item import Item, Policy, pieces, viewed
+from shardopt.item import Item, Policy, asks, pieces, viewed
 from shardopt.recipe import Recipe
 from shardopt.rules import Hyper
 from shardopt.state import STEP, Slots, noise_of
@@ -17,13 +17,21 @@ BUCKET_ELEMENTS = 1 << 26  # local elements of one bucket, by global facts: boun
 ALIVE = 3  # buckets under way at once: one computes while the rounds of the others travel
 
 
-def run(items: Sequence[Item], answers: Any, policy: Policy) -> Tensor | None:
-    """One step of all items. Returns None, or a 0-d bool: whether the step was taken (not skipped)."""
+def run(items: Sequence[Item], answers: Any, policy: Policy, native: Any = None) -> Tensor | None:
+    """One step of all items. Returns None, or a 0-d bool: whether the step was taken (not skipped).
+
+    What asks nothing is stepped one parameter after another, by `native` (shardopt.kernels) where that has a kernel;
+    only the rest forms buckets, so that rounds are the same on every rank, whatever it can compile.
+    """
     totals, taken = before(items, answers, policy)
     if taken is not None and taken.device.type == "cpu" and not taken:
         return taken
+    alone = [item for item in items if not asks(item)]
+    for item in native.step(alone, totals, policy) if native is not None else alone:
+        for asked in step_of(item, policy, totals, taken):
+            raise AssertionError(f"{item.recipe.key()} asks {asked}, but says that it asks nothing")
     alive: list[Iterator[None]] = []
-    for bucket in buckets(items):
+    for bucket in buckets(item for item in items if asks(item)):
         steps = [step_of(item, policy, totals, taken) for item in bucket]
         alive.append(drive(steps, [item.layout for item in bucket], answers))
         if len(alive) == ALIVE:
@@ -148,15 +156,10 @@ def prepared(item: Item, policy: Policy) -> Tensor:
 
 
 def step_of(item: Item, policy: Policy, totals: dict[str, Tensor], taken: Tensor | None) -> Asking:
-    """The whole step of one parameter as a generator; pieces of a large one that asks nothing follow each other."""
+    """The whole step of one parameter as a generator; the pieces of a large one that asks nothing follow each other."""
     t = item.state[STEP].double() + 1
-    several = pieces(item)
-    for piece in several:
-        if len(several) == 1:
-            yield from step_of_piece(piece, t, policy, totals, taken)
-        else:
-            for asked in step_of_piece(piece, t, policy, totals, taken):
-                raise AssertionError(f"{item.recipe.key()} asks {asked}, but says that it asks nothing")
+    for piece in pieces(item):
+        yield from step_of_piece(piece, t, policy, totals, taken)
     commit([(item.state[STEP], t)], taken)
 
 

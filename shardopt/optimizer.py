@@ -19,12 +19,16 @@ from shardopt.dtensor.gradient import local_gradient
 from shardopt.dtensor.layout import Layout, checked_layout, local_of
 from shardopt.dtensor.loading import load_groups, load_states
 from shardopt.groups import COMMON, complete, settled
+from shardopt.kernels import Native
 from shardopt.recipe import Recipe
 from shardopt.report import explain
 from shardopt.state import make_state
 
 NONFINITE = ("propagate", "zero", "skip")
-NO_KERNELS = "there are no native kernels in this version: use fused=None or fused=False, which run the reference"
+
+
+def native_of(fused: bool | None) -> Native | None:
+    return None if fused is False else Native(required=bool(fused))
 
 
 class Plan(NamedTuple):
@@ -40,8 +44,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     params: tensors, (name, tensor) pairs or param groups, as for every torch optimizer. A group may hold a `recipe`
     of its own, or `state`, `addons`, `rounding`, `update_from` that replace parts of the optimizer's.
-    recipe: what groups without their own do. fused: None or False run the reference; True raises while there are
-    no kernels. nonfinite: "propagate" (as torch), "zero" (a non-finite element counts as zero) or "skip" (the whole
+    recipe: what groups without their own do. fused: None steps with native kernels where there are some and with
+    the reference elsewhere; True raises where there are none; False never compiles. The results are the same. nonfinite: "propagate" (as torch), "zero" (a non-finite element counts as zero) or "skip" (the whole
     step, on all ranks of the meshes alike, from a reduced flag; counted in `skipped_steps`). seed: of stochastic
     rounding. Further keywords are defaults of the param groups: lr, weight_decay, maximize, ...
 
@@ -64,13 +68,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
     ) -> None:
         if nonfinite not in NONFINITE:
             raise ValueError(f"nonfinite is {nonfinite!r}; it must be one of {', '.join(NONFINITE)}")
-        if fused:
-            raise ValueError(NO_KERNELS)
         self.recipe = recipe
         self._recipes: list[tuple[dict[str, Any], Recipe]] = []
         self.nonfinite, self.seed, self.fused = nonfinite, int(seed), fused
         self.calls = 0
         self.answers = Answers()
+        self.native = native_of(fused)
         self._skipped: Tensor | None = None
         self._plans: dict[Tensor, Plan] = {}
         self._made_for: dict[Tensor, Any] = {}
@@ -177,6 +180,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("answers", Answers())
+        self.__dict__.setdefault("native", native_of(self.fused))
         kept: Any = self._recipes
         self._recipes = list(zip(self.param_groups, kept))
         self._plans, self._made_for = {}, {}
@@ -235,7 +239,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.calls += 1
         self._stepped.update(p for *_, p in self.parameters() if p.grad is not None)
         policy = engine.Policy(self.nonfinite, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        taken = engine.run(items, self.answers, policy)
+        taken = engine.run(items, self.answers, policy, self.native)
         if taken is not None:
             missed = (~taken).to(torch.int64)
             self._skipped = missed if self._skipped is None else self._skipped.to(missed.device) + missed

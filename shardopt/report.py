@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from shardopt.dtensor.layout import local_of
+from shardopt.kernels import NoTwin, key_for
+from shardopt.kernels.cpu import NoCompiler, compiler
 from shardopt.state import KEY, STEP
 
 
@@ -64,9 +66,8 @@ def explain(opt: Any) -> str:
         lines.append(
             f"  {len(params)} parameters, {sum(p.numel() for p in params):,} elements, lr {float(group['lr']):g}"
         )
-        lines.append("  runs on: reference (this version has no native kernels)")
-        for codecs, count in formats(opt, recipe, params).items():
-            lines.append(f"  {count} with {codecs}")
+        for words, count in formats(opt, recipe, params).items():
+            lines.append(f"  {count} with {words}")
     answers = opt.answers
     lines.append(
         f"so far: {opt.calls} steps, {answers.rounds} rounds of asks, {answers.collectives} collectives, "
@@ -76,10 +77,24 @@ def explain(opt: Any) -> str:
 
 
 def formats(opt: Any, recipe: Any, params: list[Tensor]) -> dict[str, int]:
-    """How many parameters got which codecs by their GLOBAL shapes."""
+    """How many parameters got which codecs by their GLOBAL shapes, and what steps them."""
     counts: dict[str, int] = {}
     for p in params:
-        codecs = recipe.codecs(opt.layout(p).geo.view, p.dtype)
+        layout = opt.layout(p)
+        codecs = recipe.codecs(layout.geo.view, p.dtype)
         words = ", ".join(f"{slot}: {codec.describe()}" for slot, codec in codecs.items()) or "no state"
+        words = f"{words}; runs on {backend(opt, recipe, codecs, layout, p)}"
         counts[words] = counts.get(words, 0) + 1
     return counts
+
+
+def backend(opt: Any, recipe: Any, codecs: Any, layout: Any, p: Tensor) -> str:
+    """What steps a parameter and, where that is the reference, why; compiles nothing."""
+    if opt.native is None:
+        return "the reference (fused=False)"
+    dtypes = p.dtype, p.dtype if p.grad is None else p.grad.dtype
+    try:
+        key_for(recipe, codecs, layout, p.device, dtypes)
+        return f"a kernel by {compiler()[1]}"
+    except (NoTwin, NoCompiler) as why:
+        return f"the reference ({why})"

@@ -43,3 +43,11 @@ class LinearUint4(LinearUint8):
     least: ClassVar[int] = 1
 
     block: int = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainUint4(LinearUint4):
+    """15 equal steps with a zero, as a plain 4-bit quantizer has it."""
+
+    name: ClassVar[str] = "plain_uint4"
+    least: ClassVar[int] = 0

@@ -11,6 +11,7 @@ from shardopt.codecs.base import Codec, Noise, Part, Parts, Rounded
 from shardopt.codecs.blocks import Blocks, check_block, scale_part
 from shardopt.codecs.geometry import Geometry
 from shardopt.codecs.rounding import LEAST, dither, keep_positive, round_nearest, round_stochastic, uniform
+from shardopt.ieee import sqrt
 
 TOLERANCE = 1e-6  # relative error of a code that was decoded and divided by its scale again: at most 4e-7
 
@@ -105,7 +106,7 @@ class Sqrt8(Absmax):
 
     def relative(self, x: Tensor, scale: Tensor, blocks: Blocks) -> Tensor:
         """127 sign(x) sqrt(|x| / scale)."""
-        return (x.abs().sqrt_() * blocks.spread(127 / scale.sqrt())).copysign(x)
+        return (sqrt(x.abs()) * blocks.spread(127 / sqrt(scale))).copysign(x)
 
     def quantise(self, ratio: Tensor, x: Tensor, geo: Geometry, noise: Noise) -> Tensor:
         return to_codes(ratio.round().clamp(-127, 127), self.dtype)
@@ -130,7 +131,7 @@ class Root4(Rounded, Absmax):
 
     def relative(self, x: Tensor, scale: Tensor, blocks: Blocks) -> Tensor:
         """255 (x / scale)^(1/4)."""
-        return x.sqrt().sqrt_() * blocks.spread(255 / scale.sqrt().sqrt())
+        return sqrt(sqrt(x)) * blocks.spread(255 / sqrt(sqrt(scale)))
 
     def quantise(self, ratio: Tensor, x: Tensor, geo: Geometry, noise: Noise) -> Tensor:
         t = dither(ratio, uniform(noise()), ratio * TOLERANCE) if self.stochastic else ratio.round()

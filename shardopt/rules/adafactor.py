@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from shardopt.asks import Asking, Mean, Slot
+from shardopt.ieee import sqrt
 from shardopt.rules.base import Hyper, Rule, check
 from shardopt.rules.math import clip_rms
 
@@ -105,7 +106,7 @@ class Adafactor(Rule):
         x = g
         if self.beta1 and self.momentum == "raw":
             x = yield from s.exp_avg.recur(h.beta1, g * (1 - h.beta1))
-        u = x / v.clamp(min=floor).sqrt_()
+        u = x / sqrt(v.clamp(min=floor))
         del v, x
         alpha = rho
         asks = ([Mean(u * u)] if self.d else []) + ([Mean(p * p)] if self.scale_parameter else [])

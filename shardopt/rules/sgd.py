@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from shardopt.asks import Asking, Slot, together
+from shardopt.ieee import sqrt
 from shardopt.rules.base import Hyper, Rule, check
 
 
@@ -101,7 +102,7 @@ class RMSprop(Rule):
         if mean:
             # a quantised square_avg may lie below grad_avg^2 by its rounding error
             v = (v - mean[0] * mean[0]).clamp_(min=0)
-        u = g / v.sqrt().add_(h.eps)
+        u = g / sqrt(v).add_(h.eps)
         if self.momentum:
             u = yield from s.momentum_buffer.recur(h.momentum, u)
         return u, h.lr

@@ -1,0 +1,202 @@
+// The storage formats, one struct each: the twins of shardopt/codecs/. docs/kernels.md says what a struct must have.
+//
+//   Code      type in memory; `packed` codes a byte
+//   block     elements that share numbers, 0: none; then only decode and encode are used
+//   open      numbers of a block -> what decode needs;  decode: a code -> float
+//   prepare   what is kept of a fresh value until the block's extremes are known
+//   close     bits of the block's largest |x| (and of its smallest positive) -> stored numbers and what encode needs
+#pragma once
+#include "log.h"
+#include "rounding.h"
+
+namespace shardopt {
+
+// Every element by itself ------------------------------------------------------------------------------------------
+
+struct Plain {
+  static constexpr int block = 0, packed = 1, numbers = 0;
+  static constexpr bool least = false;  // whether the smallest positive value of a block is needed
+};
+
+struct Fp32 : Plain {
+  using Code = float;
+  static constexpr u32 stream = 0;
+  HD static float decode(float x) { return x; }
+  HD static float encode(float x, u32) { return x; }
+};
+
+template <bool SIGNED, bool STOCHASTIC, u32 STREAM>
+struct Bf16 : Plain {
+  using Code = u16;
+  static constexpr u32 stream = STOCHASTIC ? STREAM : 0;
+  HD static float decode(u16 x) { return bf16_to_float(x); }
+  HD static u16 encode(float x, u32 noise) {
+    u16 y = STOCHASTIC ? to_bf16_stochastic(x, noise) : to_bf16_saturated(x);
+    return !SIGNED && x > 0 && y < 1 ? (u16)1 : y;
+  }
+};
+
+template <bool SIGNED, bool STOCHASTIC, u32 STREAM>
+struct Fp16 : Plain {
+  using Code = u16;
+  static constexpr u32 stream = STOCHASTIC ? STREAM : 0;
+  HD static float decode(u16 x) { return fp16_to_float(x); }
+  HD static u16 encode(float x, u32 noise) {
+    u16 y = STOCHASTIC ? to_fp16_stochastic(x, noise) : to_fp16_saturated(x);
+    return !SIGNED && x > 0 && y < 1 ? (u16)1 : y;
+  }
+};
+
+// Codes of x relative to the block's largest magnitude ---------------------------------------------------------------
+
+template <int BLOCK, bool SIGNED>
+struct Absmax {
+  static constexpr int block = BLOCK, packed = 1, numbers = 1;
+  static constexpr bool least = false;
+  static constexpr u32 stream = 0;
+  struct Scale {
+    float scale;
+  };
+  HD static Scale open(const float* scale, const float*) { return {*scale}; }
+  HD static float scaled(float value, Scale s) {
+    float y = value * s.scale;
+    return !SIGNED && value > 0 && y < shardopt::least ? shardopt::least : y;
+  }
+  HD static float prepare(float x) { return x; }
+  // the stored scale of a block whose largest magnitude has these bits: 0 only where the block is 0, NaN where it is
+  HD static float scale_of(u32 most, float divisor) {
+    float largest = from_bits(most), s = largest / divisor;
+    s = s < shardopt::least ? shardopt::least : s;
+    return largest > 0 ? s : largest;
+  }
+  HD static float ratio(float x, Scale e) { return x / e.scale; }
+  HD static Scale close(u32 most, u32, float* stored, float divisor = 1.0f) {
+    stored[0] = scale_of(most, divisor);
+    return {stored[0] == 0 ? 1.0f : stored[0]};
+  }
+};
+
+HD int whole(float t) { return (int)(t == t ? t : 0.0f); }
+
+template <int BLOCK>
+struct Int8 : Absmax<BLOCK, true> {
+  using Base = Absmax<BLOCK, true>;
+  using typename Base::Scale;
+  using Code = i8;
+  HD static float decode(int q, Scale s) { return Base::scaled((float)q, s); }
+  HD static Scale close(u32 most, u32, float* stored) { return Base::close(most, 0, stored, 127.0f); }
+  HD static int encode(float x, Scale e, u32) { return whole(clamp(nearest_of(Base::ratio(x, e)), -127, 127)); }
+};
+
+template <int BLOCK>
+struct Sqrt8 : Absmax<BLOCK, true> {
+  using Base = Absmax<BLOCK, true>;
+  using typename Base::Scale;
+  using Code = i8;
+  HD static float decode(int q, Scale s) {
+    float t = (float)q * (float)(1.0 / 127);
+    return Base::scaled(t * size(t), s);
+  }
+  HD static Scale close(u32 most, u32, float* stored) {
+    return {127.0f / root(Base::close(most, 0, stored).scale)};
+  }
+  HD static int encode(float x, Scale e, u32) {
+    float t = copy_sign(root(size(x)) * e.scale, x);
+    return whole(clamp(nearest_of(t), -127, 127));
+  }
+};
+
+template <int BLOCK, bool STOCHASTIC, u32 STREAM>
+struct Root4 : Absmax<BLOCK, false> {
+  using Base = Absmax<BLOCK, false>;
+  using typename Base::Scale;
+  using Code = u8;
+  static constexpr u32 stream = STOCHASTIC ? STREAM : 0;
+  HD static float decode(int q, Scale s) {
+    float t = (float)q * (float)(1.0 / 255);
+    t = t * t;
+    return Base::scaled(t * t, s);
+  }
+  HD static float prepare(float x) { return root(x); }  // the step has taken this root already
+  HD static Scale close(u32 most, u32, float* stored) {
+    return {255.0f / root(root(Base::close(most, 0, stored).scale))};
+  }
+  HD static int encode(float r, Scale e, u32 noise) {
+    float t = root(r) * e.scale;
+    t = STOCHASTIC ? dither(t, uniform(noise), t * 1e-6f) : nearest_of(t);
+    return whole(r > 0 ? clamp(t, 1, 255) : t);
+  }
+};
+
+template <int BLOCK, bool SIGNED, bool STOCHASTIC, u32 STREAM>
+struct Fp8 : Absmax<BLOCK, SIGNED> {
+  using Base = Absmax<BLOCK, SIGNED>;
+  using typename Base::Scale;
+  using Code = u8;
+  static constexpr u32 stream = STOCHASTIC ? STREAM : 0;
+  HD static float decode(int q, Scale s) { return Base::scaled(fp8_to_float((u8)q), s); }
+  HD static Scale close(u32 most, u32, float* stored) { return Base::close(most, 0, stored, 448.0f); }
+  HD static int encode(float x, Scale e, u32 noise) {
+    float t = Base::ratio(x, e);
+    t = !SIGNED && x > 0 && t < 0x1p-9f ? 0x1p-9f : t;
+    return STOCHASTIC ? to_fp8_stochastic(t, noise, 1e-6f) : to_fp8(t);
+  }
+};
+
+// Two codes a byte ---------------------------------------------------------------------------------------------------
+
+template <int BLOCK>
+struct Int4 : Absmax<BLOCK, true> {
+  using Base = Absmax<BLOCK, true>;
+  using typename Base::Scale;
+  using Code = u8;
+  static constexpr int packed = 2, zero = 8;
+  HD static float decode(int q, Scale s) { return Base::scaled((float)(q - 8), s); }
+  HD static Scale close(u32 most, u32, float* stored) { return Base::close(most, 0, stored, 7.0f); }
+  HD static int encode(float x, Scale e, u32) { return whole(clamp(nearest_of(Base::ratio(x, e)), -7, 7) + 8.0f); }
+};
+
+// Tables (Table: size, entries, and the midpoints that part them; written by shardopt/kernels/source.py) -------------
+
+template <class Table>
+HD int nearest_entry(float x) {  // on a midpoint the lower one; NaN the last
+  if constexpr (Table::size <= 16) {
+    int q = 0;
+    each<Table::size - 1>([&](auto k) { q += !(x <= Table::midpoint(decltype(k)::value)); });
+    return q;
+  } else {
+    int q = 0;  // binary search among size - 1 midpoints, size 255 or 256
+    each<8>([&](auto k) {
+      constexpr int half = 128 >> decltype(k)::value;
+      int next = q + half;
+      q = next <= Table::size - 1 && !(x <= Table::midpoint(next - 1)) ? next : q;
+    });
+    return q;
+  }
+}
+
+template <int BLOCK, class Table>
+struct Dyn4 : Absmax<BLOCK, true> {
+  using Base = Absmax<BLOCK, true>;
+  using typename Base::Scale;
+  using Code = u8;
+  static constexpr int packed = 2, zero = 7;
+  HD static float decode(int q, Scale s) { return Base::scaled(Table::entry(q), s); }
+  HD static Scale close(u32 most, u32, float* stored) { return Base::close(most, 0, stored); }
+  HD static int encode(float x, Scale e, u32) { return nearest_entry<Table>(Base::ratio(x, e)); }
+};
+
+template <int BLOCK, bool SIGNED, class Table>
+struct Dyn8 : Absmax<BLOCK, SIGNED> {
+  using Base = Absmax<BLOCK, SIGNED>;
+  using typename Base::Scale;
+  using Code = u8;
+  HD static float decode(int q, Scale s) { return Base::scaled(Table::entry(q), s); }
+  HD static Scale close(u32 most, u32, float* stored) { return Base::close(most, 0, stored); }
+  HD static int encode(float x, Scale e, u32) {
+    int q = nearest_entry<Table>(Base::ratio(x, e));
+    return !SIGNED && x > 0 && q < 1 ? 1 : q;
+  }
+};
+
+}  // namespace shardopt

@@ -1,0 +1,37 @@
+// Counter-based noise of (key, step, stream, GLOBAL row, GLOBAL column): shardopt/codecs/noise.py, line by line.
+#pragma once
+#include "platform.h"
+
+namespace shardopt {
+
+constexpr u64 golden = 0x9E3779B97F4A7C15ull;
+constexpr u64 golden_step = 0x5851F42Dull;
+
+HD u64 mix64(u64 x) {  // finaliser of splitmix64
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+  return x ^ (x >> 31);
+}
+
+HD u32 mix32(u32 x) {
+  x = (x ^ (x >> 16)) * 0x7FEB352Du;
+  x = (x ^ (x >> 15)) * 0x846CA68Bu;
+  return x ^ (x >> 16);
+}
+
+// What is the same for all elements of one parameter, step and stream.
+HD u64 noise_base(i64 key, i64 step, u64 stream) {
+  return mix64(mix64((u64)key + stream * golden_step) + (u64)step * golden);
+}
+
+HD u32 row_key(u64 base, i64 row) {
+  u64 hashed = mix64((u64)row * golden + base);
+  return (u32)(hashed ^ (hashed >> 32));
+}
+
+HD u32 noise_at(u32 row, u32 column) { return mix32(row ^ column); }
+
+// float32 in [0, 1) from the top 24 bits; the signed conversion is the one that vectorises.
+HD float uniform(u32 noise) { return (float)(i32)(noise >> 8) * 0x1p-24f; }
+
+}  // namespace shardopt

@@ -1,0 +1,112 @@
+// What differs between a CPU compiler and NVRTC, and the few operations whose rounding both must share.
+// Includes nothing on the device: NVRTC sees no headers of the host.
+#pragma once
+
+#ifdef __CUDACC_RTC__
+#define HD __host__ __device__ __forceinline__
+#define IVDEP
+#else
+#include <math.h>
+#define HD inline __attribute__((always_inline))
+#if defined(__clang__)
+#define IVDEP _Pragma("clang loop vectorize(enable) interleave(enable)")
+#else
+#define IVDEP _Pragma("GCC ivdep")
+#endif
+#endif
+
+namespace shardopt {
+
+using i8 = signed char;
+using u8 = unsigned char;
+using i16 = short;
+using u16 = unsigned short;
+using i32 = int;
+using u32 = unsigned int;
+using i64 = long long;
+using u64 = unsigned long long;
+
+constexpr float least = 0x1p-149f;  // the smallest positive float32
+constexpr u32 inf_bits = 0x7f800000u;
+
+#ifdef __CUDACC_RTC__
+HD u32 bits(float x) { return __float_as_uint(x); }
+HD float from_bits(u32 x) { return __uint_as_float(x); }
+HD float root(float x) { return __fsqrt_rn(x); }
+HD float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+HD double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
+HD float floor_of(float x) { return floorf(x); }
+HD double floor_of(double x) { return floor(x); }
+HD float nearest_of(float x) { return rintf(x); }
+HD double nearest_of(double x) { return rint(x); }
+HD float size(float x) { return fabsf(x); }
+HD double size(double x) { return fabs(x); }
+HD double bits_to_double(u64 x) { return __longlong_as_double((i64)x); }
+#else
+HD u32 bits(float x) {
+  u32 y;
+  __builtin_memcpy(&y, &x, sizeof y);
+  return y;
+}
+HD float from_bits(u32 x) {
+  float y;
+  __builtin_memcpy(&y, &x, sizeof y);
+  return y;
+}
+HD double bits_to_double(u64 x) {
+  double y;
+  __builtin_memcpy(&y, &x, sizeof y);
+  return y;
+}
+HD float root(float x) { return __builtin_sqrtf(x); }
+HD float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+HD double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
+HD float floor_of(float x) { return __builtin_floorf(x); }
+HD double floor_of(double x) { return __builtin_floor(x); }
+HD float nearest_of(float x) { return __builtin_rintf(x); }
+HD double nearest_of(double x) { return __builtin_rint(x); }
+HD float size(float x) { return __builtin_fabsf(x); }
+HD double size(double x) { return __builtin_fabs(x); }
+#endif
+
+HD float copy_sign(float x, float sign) { return from_bits((bits(x) & 0x7fffffffu) | (bits(sign) & 0x80000000u)); }
+HD float clamp(float x, float low, float high) {  // NaN stays NaN, as torch.clamp
+  x = x < low ? low : x;
+  return x > high ? high : x;
+}
+HD u32 larger(u32 a, u32 b) { return a > b ? a : b; }
+HD u32 smaller(u32 a, u32 b) { return a < b ? a : b; }
+
+// sign(x) as torch.sign: 0 for 0; NaN gives 0
+HD float sign(float x) { return (float)((x > 0.0f) - (x < 0.0f)); }
+
+// A compile-time number as an argument, and a loop over such numbers.
+template <int I>
+struct Index {
+  static constexpr int value = I;
+};
+template <int... I>
+struct Seq {};
+template <int N, int... I>
+struct Count : Count<N - 1, N - 1, I...> {};
+template <int... I>
+struct Count<0, I...> {
+  using type = Seq<I...>;
+};
+template <class F, int... I>
+HD void each(F&& f, Seq<I...>) {
+  (f(Index<I>{}), ...);
+}
+template <int N, class F>
+HD void each(F&& f) {
+  each(f, typename Count<N>::type{});
+}
+
+template <int I, class First, class... Rest>
+struct At : At<I - 1, Rest...> {};
+template <class First, class... Rest>
+struct At<0, First, Rest...> {
+  using type = First;
+};
+
+}  // namespace shardopt

@@ -1,0 +1,128 @@
+"""The CPU's compiler: keys to shared libraries through g++ or clang++, loaded with ctypes."""
+
+import ctypes
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from shardopt.kernels.cache import CSRC, Entry, ensure, name_of
+from shardopt.kernels.key import Key
+
+OPTIONS = [
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-shared",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-exceptions",
+    "-Wno-psabi",
+]
+
+
+class NoCompiler(Exception):
+    """Why nothing can be compiled on this machine; the message is a clause, for users."""
+
+
+@cache
+def compiler() -> tuple[str, str]:
+    """(path, version) of $CXX, g++ or clang++."""
+    wanted = os.environ.get("CXX")
+    for name in (wanted,) if wanted else ("g++", "clang++"):
+        path = shutil.which(name)
+        if path is None:
+            continue
+        try:
+            asked = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+        if asked.returncode == 0:
+            return path, asked.stdout.split("\n")[0]
+    raise NoCompiler(f"there is no C++ compiler ({f'CXX={wanted}' if wanted else 'g++ or clang++'})")
+
+
+@cache
+def machine() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        words = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        words = platform.processor()
+    return f"{platform.machine()} {hashlib.sha256(words.encode()).hexdigest()[:16]} {'avx512f' in words}"
+
+
+def options() -> list[str]:
+    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+    wide = ["-mprefer-vector-width=512"] if machine().endswith("True") else []
+    return [*OPTIONS, native, *wide]
+
+
+def entry_of(key: Key) -> Entry:
+    return Entry(name_of("cpu", key.source("cpu"), compiler()[1], " ".join(options()), machine()), ".so")
+
+
+def build(keys: Sequence[Key]) -> None:
+    """Compile these keys side by side and put them into the cache. NoCompiler with its words where it refuses."""
+    with tempfile.TemporaryDirectory(prefix="shardopt-build-") as folder:
+        jobs = []
+        for i, key in enumerate(keys):
+            (Path(folder) / f"{i}.cpp").write_text(key.source("cpu"))
+            jobs.append((key, [compiler()[0], *options(), f"-I{CSRC}", f"{i}.cpp", "-o", f"{i}.so"]))
+        began = time.perf_counter()
+        run(folder, [[*command, "-fopenmp"] for _, command in jobs])
+        seconds = (time.perf_counter() - began) / len(jobs)
+        for i, (key, command) in enumerate(jobs):
+            entry_of(key).write(
+                (Path(folder) / f"{i}.so").read_bytes(),
+                key=key.words,
+                cpp=key.cpp,
+                seconds=round(seconds, 3),
+                compiler=compiler()[1],
+                command=" ".join(command[:-3]),
+            )
+
+
+def run(folder: str, commands: list[list[str]]) -> None:
+    """All commands, through ninja where there is one and several: it uses every core."""
+    ninja = shutil.which("ninja")
+    if ninja and len(commands) > 1:
+        edges = "".join(f"rule r{i}\n command = {' '.join(c)}\nbuild {c[-2]}: r{i}\n" for i, c in enumerate(commands))
+        (Path(folder) / "build.ninja").write_text(edges)
+        commands = [[ninja]]
+    for command in commands:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            raise NoCompiler(f"{command[0]} failed: {(done.stderr or done.stdout).strip()[:2000]}")
+
+
+@cache
+def load(key: Key) -> Any:
+    """The native step of a key, compiled if it has to be."""
+    entry = entry_of(key)
+    ensure({key.cpp: entry}, lambda missing: build([key]))
+    if entry.read() is None:
+        raise NoCompiler(f"the compiled kernel {entry.path} cannot be read back")
+    try:
+        step = ctypes.CDLL(str(entry.path)).shardopt_step
+    except (OSError, AttributeError) as error:
+        raise NoCompiler(f"the compiled kernel {entry.path} cannot be loaded: {error}") from None
+    pointer, number = ctypes.c_void_p, ctypes.c_longlong
+    step.argtypes = [pointer, number, number, pointer, number, pointer, number, ctypes.c_int]
+    step.restype = None
+    return step
+
+
+def built(key: Key) -> dict[str, Any]:
+    """What the cache notes about a key: seconds, compiler, checksum."""
+    return dict(json.loads(entry_of(key).note.read_text()))

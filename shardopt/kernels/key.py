@@ -1,0 +1,94 @@
+"""What a kernel is made for: a recipe with the formats and dtypes of one parameter, as the text of a C++ type."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from shardopt.codecs import Codec
+from shardopt.kernels.twins import ADDONS, MEMORY, RULES, TABLES, NoTwin, Twin, codec_twin, table_source
+from shardopt.recipe import Recipe
+
+Codecs = tuple[tuple[str, Codec], ...]
+
+
+@dataclass(frozen=True)
+class Key:
+    """cpp: the C++ type `Step<...>`. words: for people. twins: whose numbers are passed, in order.
+
+    blocks: of the codecs that have some; noisy: whether noise is drawn, so that rows and columns matter.
+    """
+
+    cpp: str
+    words: str
+    twins: tuple[Twin, ...]
+    blocks: tuple[int, ...]
+    noisy: bool
+
+    @property
+    def tile(self) -> int:
+        """Elements of a row that one team steps at a time."""
+        return max((256, *self.blocks))
+
+    def numbers(self, group: Mapping[str, Any], totals: Mapping[str, Any]) -> list[float]:
+        return [x for twin in self.twins for x in twin.numbers(group, totals)]
+
+    def source(self, backend: str) -> str:
+        """The translation unit: `backend` is cpu or cuda."""
+        tables = "".join(table_source(name) for name in TABLES if f", {name}>" in self.cpp)
+        return (
+            f'#include "{backend}.h"\nnamespace shardopt {{\n{tables}using Key = {self.cpp};\n}}\n'
+            f"SHARDOPT_{backend.upper()}(shardopt::Key)\n"
+        )
+
+
+def unscaled(group: Any, totals: Any) -> list[float]:
+    return [float(totals["grad_scale"])]
+
+
+@lru_cache(maxsize=4096)
+def key_of(
+    recipe: Recipe,
+    codecs: Codecs,
+    parameter: torch.dtype,
+    gradient: torch.dtype,
+    before: tuple[str, ...] = (),
+) -> Key:
+    """The key of a step. before: "unscale", "zero", "maximize", what is done to the gradient first. Raises NoTwin."""
+    if type(recipe.rule) not in RULES:
+        raise NoTwin(f"rule {recipe.rule.name} has no native twin")
+    if recipe.update_from != "fresh":
+        raise NoTwin(f"update_from={recipe.update_from!r} has no native twin")
+    for addon in recipe.addons:
+        if type(addon) not in ADDONS:
+            raise NoTwin(f"add-on {addon.name} has no native twin")
+    for what, dtype in (("parameters", parameter), ("gradients", gradient)):
+        if dtype not in MEMORY:
+            raise NoTwin(f"{what} of {dtype} have no native twin")
+    rule = RULES[type(recipe.rule)](recipe.rule)
+    slots = [codec_twin(codec, slot) for slot, codec in codecs]
+    first = {
+        "unscale": Twin("Unscale", unscaled),
+        "zero": Twin("ZeroNonfinite", lambda group, totals: []),
+        "maximize": Twin("Maximize", lambda group, totals: []),
+    }
+    stages = {stage: [ADDONS[type(a)](a) for a in recipe.stage(stage)] for stage in ("gradient", "direction", "decay")}
+    stages["gradient"] = [first[word] for word in before] + stages["gradient"]
+    chains = ["Chain<" + ", ".join(twin.cpp for twin in stages[stage]) + ">" for stage in stages]
+    write = {"nearest": "Nearest", "stochastic": "Stochastic"}.get(recipe.rounding) or kahan(recipe, parameter)
+    memory = f"{MEMORY[parameter]}, {MEMORY[gradient]}"
+    cpp = f"Step<{memory}, {rule.cpp}, Slots<{', '.join(slots)}>, {', '.join(chains)}, {write}>"
+    return Key(
+        cpp,
+        f"{recipe.key()} {memory.replace(', ', ' <- ').lower()}{''.join(' ' + word for word in before)}",
+        (rule, *stages["gradient"], *stages["direction"], *stages["decay"]),
+        tuple(codec.block for _, codec in codecs if hasattr(codec, "block")),
+        recipe.write.noisy(parameter) or any(codec.noisy for _, codec in codecs),
+    )
+
+
+def kahan(recipe: Recipe, parameter: torch.dtype) -> str:
+    """The slot of the compensation comes after those of rule and add-ons; fp32 has none."""
+    return f"Kahan<{len(recipe.slots())}>" if recipe.write.slots(parameter) else "Nearest"

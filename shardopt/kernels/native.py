@@ -1,0 +1,133 @@
+"""Steps whatever has a twin with native kernels: one call for all parameters of a key."""
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from shardopt.kernels import cpu
+from shardopt.kernels.call import Call
+from shardopt.kernels.key import Key, key_of
+from shardopt.kernels.spans import Part, Shape, shape_of
+from shardopt.kernels.twins import NoTwin
+from shardopt.state import part_specs
+
+OFF = (
+    os.environ.get("SHARDOPT_FUSED") == "0"
+)  # for a machine whose compiler is not to be used: every step the reference
+SAID: set[str] = set()
+
+
+class Found(NamedTuple):
+    """What one parameter runs with. kept: objects whose ids are the key of the cache."""
+
+    key: Key
+    step: Any
+    shape: Shape
+    kept: Any
+
+
+class Native:
+    """The kernels of one optimizer.
+
+    required: fused=True, so that a parameter without a kernel is an error. ran: C++ types of the last step's kernels,
+    and `left`, how many parameters it left to the reference: for tests and people.
+    """
+
+    def __init__(self, required: bool = False) -> None:
+        self.required = required
+        self.ran: list[str] = []
+        self.left = 0
+        self.found: dict[Any, Found | str] = {}
+
+    def step(self, items: Sequence[Any], totals: Mapping[str, Tensor], policy: Any) -> list[Any]:
+        """Step what has a kernel; returns the items that have none, in order. ValueError, before anything is written,
+        where kernels are required."""
+        before = prologue(policy)
+        calls: dict[str, Call] = {}
+        left: list[Any] = []
+        for item in items:
+            found = self.find(item, before)
+            if isinstance(found, str):
+                left.append(item)
+            else:
+                calls.setdefault(found.key.cpp, Call(found.key, found.step)).add(item, found.shape)
+        if left and self.required:
+            reasons = dict.fromkeys(str(self.find(item, before)) for item in left)
+            raise ValueError(refusal(reasons))
+        numbers = {**totals, "grad_scale": policy.grad_scale}
+        for call in calls.values():
+            call.run(numbers)
+        self.ran, self.left = list(calls), len(left)
+        return left
+
+    def find(self, item: Any, before: tuple[str, ...]) -> Found | str:
+        """The kernel of one parameter, compiled if it has to be, or why it has none."""
+        if item.group.get("maximize"):
+            before = (*before, "maximize")
+        at = (id(item.layout), id(item.recipe), item.p.dtype, item.grad.dtype, before, item.p.device.type)
+        found = self.found.get(at)
+        if found is None:
+            try:
+                found = self.look(item, before)
+            except NoTwin as why:
+                found = str(why)
+            except cpu.NoCompiler as why:
+                found = str(why)
+                say(found)
+            self.found[at] = found
+        if not isinstance(found, str) and not item.p.is_contiguous():
+            return "a parameter is not contiguous"
+        return found
+
+    def look(self, item: Any, before: tuple[str, ...]) -> Found:
+        key = key_for(item.recipe, item.codecs, item.layout, item.p.device, (item.p.dtype, item.grad.dtype), before)
+        parts = [
+            Part(part.dtype.itemsize, 1 if part.dims is None else part.dims[-1][1])
+            for part in part_specs(item.codecs, item.layout).values()
+        ]
+        shape = shape_of(item.layout.geo, key, parts, item.p.element_size(), item.grad.element_size())
+        return Found(key, cpu.load(key), shape, (item.layout, item.recipe))
+
+
+def prologue(policy: Any) -> tuple[str, ...]:
+    """What every gradient goes through before the add-ons."""
+    unscale = policy.grad_scale is not None
+    return ("unscale",) * unscale + ("zero",) * (policy.nonfinite == "zero")
+
+
+def key_for(
+    recipe: Any,
+    codecs: Mapping[str, Any],
+    layout: Any,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    before: tuple[str, ...] = (),
+) -> Key:
+    """The key of a parameter's step, dtypes being those of parameter and gradient. NoTwin with the reason."""
+    if OFF:
+        raise NoTwin("SHARDOPT_FUSED=0 switches kernels off")
+    if device.type != "cpu":
+        raise NoTwin(f"there are no {device.type} kernels in this version")
+    key = key_of(recipe, tuple(codecs.items()), *dtypes, before)
+    if any(codec.asks(layout.geo) for codec in codecs.values()):
+        raise NoTwin("blocks lie on several ranks")
+    return key
+
+
+def say(reason: str) -> None:
+    """A machine that cannot compile is told of once a process."""
+    if reason not in SAID:
+        SAID.add(reason)
+        warnings.warn(
+            f"shardopt steps on the PyTorch reference: {reason}. The results are the same, the steps slower; "
+            "fused=False chooses this without a warning",
+            stacklevel=5,
+        )
+
+
+def refusal(reasons: Mapping[str, Any]) -> str:
+    return f"fused=True, but {'; '.join(reasons)}. Use fused=None, which runs the reference there, or another recipe"

@@ -1,0 +1,137 @@
+"""Which C++ struct of `shardopt/csrc` does what a rule, codec, add-on or write policy does, and with which numbers.
+
+A twin is looked up by the exact class: a subclass may compute something else, so it runs the reference.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from shardopt import addons, codecs, rules
+from shardopt.codecs.dynamic import table
+from shardopt.codecs.noise import stream_of
+from shardopt.rules import Rule
+
+MEMORY = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+WIDEST = 4096  # elements of a block that a thread keeps between its two passes
+
+
+class NoTwin(Exception):
+    """Why something runs on the reference; the message is a clause, for users."""
+
+
+class Twin(NamedTuple):
+    """cpp: the struct. numbers: (param group, totals) -> its doubles, in the struct's order."""
+
+    cpp: str
+    numbers: Callable[[Any, Any], list[float]]
+
+
+def flag(value: Any) -> str:
+    return "true" if value else "false"
+
+
+def from_group(*names: str) -> Callable[[Any, Any], list[float]]:
+    """Numbers of the param group by their names; pairs are flattened."""
+
+    def read(group: Any, totals: Any) -> list[float]:
+        found: list[float] = []
+        for name in names:
+            value = group[name]
+            found.extend(float(x) for x in (value if isinstance(value, (tuple, list)) else (value,)))
+        return found
+
+    return read
+
+
+def nothing(group: Any, totals: Any) -> list[float]:
+    return []
+
+
+def adamw(rule: rules.AdamW) -> Twin:
+    switches = (rule.has_momentum, rule.nesterov, rule.atan2, rule.bias_correction)
+    return Twin(f"AdamW<{', '.join(map(flag, switches))}>", from_group("lr", "betas", "eps"))
+
+
+def sgd(rule: rules.SGD) -> Twin:
+    return Twin(f"SGD<{flag(rule.slots())}, {flag(rule.nesterov)}>", from_group("lr", "momentum", "dampening"))
+
+
+def rmsprop(rule: rules.RMSprop) -> Twin:
+    switches = (rule.centered, len(rule.slots()) > 1 + rule.centered, rule.bias_correction)
+    return Twin(f"RMSprop<{', '.join(map(flag, switches))}>", from_group("lr", "alpha", "eps", "momentum"))
+
+
+RULES: dict[type[Rule], Callable[[Any], Twin]] = {
+    rules.AdamW: adamw,
+    rules.Lion: lambda rule: Twin("Lion", from_group("lr", "betas")),
+    rules.SGD: sgd,
+    rules.RMSprop: rmsprop,
+}
+
+
+def clip_factor(addon: addons.ClipByGlobalNorm) -> Callable[[Any, Any], list[float]]:
+    return lambda group, totals: [float((addon.max_norm / (totals[addon.name].sqrt() + 1e-6)).clamp(max=1.0))]
+
+
+ADDONS: dict[type[addons.Addon], Callable[[Any], Twin]] = {
+    addons.ClipByGlobalNorm: lambda addon: Twin("ClipByGlobalNorm", clip_factor(addon)),
+    addons.CoupledDecay: lambda addon: Twin("CoupledDecay", from_group("weight_decay")),
+    addons.Grams: lambda addon: Twin("Grams", nothing),
+    addons.WeightDecay: lambda addon: Twin("WeightDecay", from_group("weight_decay")),
+    addons.CautiousDecay: lambda addon: Twin("CautiousDecay", from_group("weight_decay")),
+}
+
+# codec class -> (struct, what its template is given, in order)
+CODECS: dict[type[codecs.Codec], tuple[str, tuple[str, ...]]] = {
+    codecs.CODECS["fp32"]: ("Fp32", ()),
+    codecs.CODECS["bf16"]: ("Bf16", ("signed", "noise")),
+    codecs.CODECS["fp16"]: ("Fp16", ("signed", "noise")),
+    codecs.CODECS["int8"]: ("Int8", ("block",)),
+    codecs.CODECS["sqrt8"]: ("Sqrt8", ("block",)),
+    codecs.CODECS["root4"]: ("Root4", ("block", "noise")),
+    codecs.CODECS["fp8"]: ("Fp8", ("block", "signed", "noise")),
+    codecs.CODECS["int4"]: ("Int4", ("block",)),
+    codecs.CODECS["dyn4"]: ("Dyn4", ("block", "table")),
+    codecs.CODECS["dyn8"]: ("Dyn8", ("block", "signed", "table")),
+    codecs.CODECS["log8"]: ("Log8", ("block", "noise")),
+    codecs.CODECS["log16"]: ("Log16", ("block", "noise")),
+    codecs.CODECS["log4"]: ("Log4", ("block", "noise")),
+}
+
+
+def codec_twin(codec: codecs.Codec, slot: str) -> str:
+    """The struct of a codec in a slot, as C++ text. NoTwin where there is none."""
+    if type(codec) not in CODECS:
+        raise NoTwin(f"codec {codec.name} has no native twin")
+    block = getattr(codec, "block", 1)
+    if block > WIDEST:
+        raise NoTwin(f"{codec.describe()} has blocks of more than {WIDEST} elements")
+    name, wanted = CODECS[type(codec)]
+    words = {
+        "block": str(block),
+        "signed": flag(codec.slot_signed),
+        "noise": f"{flag(codec.noisy)}, {stream_of(slot)}u",
+        "table": table_name(codec),
+    }
+    given = ", ".join(words[word] for word in wanted)
+    return f"{name}<{given}>" if given else name
+
+
+def table_name(codec: codecs.Codec) -> str:
+    return {"dyn4": "Dynamic4", "dyn8": f"Dynamic8{'Signed' if codec.slot_signed else ''}"}.get(codec.name, "")
+
+
+TABLES = {"Dynamic4": (4, True), "Dynamic8Signed": (8, True), "Dynamic8": (8, False)}
+
+
+def table_source(name: str) -> str:
+    """A dynamic map as a C++ struct, from the codec's own table."""
+    entries, midpoints = (t.tolist() for t in table(*TABLES[name], torch.device("cpu")))
+    lists = [", ".join(f"{x.hex()}f" for x in values) for values in (entries, midpoints)]
+    return (
+        f"struct {name} {{\n  static constexpr int size = {len(entries)};\n"
+        f"  HD static float entry(int i) {{ constexpr float x[] = {{{lists[0]}}}; return x[i]; }}\n"
+        f"  HD static float midpoint(int i) {{ constexpr float x[] = {{{lists[1]}}}; return x[i]; }}\n}};\n"
+    )
