@@ -17,17 +17,8 @@ from typing import Any
 from shardopt.kernels.cache import CSRC, Entry, ensure, name_of
 from shardopt.kernels.key import Key
 
-OPTIONS = [
-    "-O3",
-    "-std=c++17",
-    "-fPIC",
-    "-shared",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fno-exceptions",
-    "-Wno-psabi",
-]
+OPTIONS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fno-exceptions", "-Wno-psabi"]
+OPTIONS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]  # none of them changes a value
 
 
 class NoCompiler(Exception):

@@ -15,7 +15,7 @@ from shardopt.kernels.spans import Part, Shape, shape_of
 from shardopt.kernels.twins import NoTwin
 from shardopt.state import part_specs
 
-OFF = (
+OFF = os.environ.get("SHARDOPT_FUSED") == "0"  # for machines whose compiler must not be used
     os.environ.get("SHARDOPT_FUSED") == "0"
 )  # for a machine whose compiler is not to be used: every step the reference
 SAID: set[str] = set()

@@ -27,7 +27,7 @@ class Shape(NamedTuple):
 
 
 def shape_of(geo: Geometry, key: Key, parts: list[Part], p_bytes: int, g_bytes: int) -> Shape:
-    """One span for every run of rows and of columns; one row of all elements where nobody asks where an element lies."""
+    """One span for every run of rows and of columns; one row of everything where no place matters."""
     if not key.noisy and not key.blocks:
         ld = prod(geo.local)
         pieces = [((0, 0, 1), (0, 0, ld))] if ld else []
