@@ -27,10 +27,6 @@ from shardopt.state import make_state
 NONFINITE = ("propagate", "zero", "skip")
 
 
-def native_of(fused: bool | None) -> Native | None:
-    return None if fused is False else Native(required=bool(fused))
-
-
 class Plan(NamedTuple):
     """What is known of a parameter as long as it stays where it is."""
 
@@ -74,7 +70,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.nonfinite, self.seed, self.fused = nonfinite, int(seed), fused
         self.calls = 0
         self.answers = Answers()
-        self.native = native_of(fused)
+        self.native = Native.chosen(fused)
         self._skipped: Tensor | None = None
         self._plans: dict[Tensor, Plan] = {}
         self._made_for: dict[Tensor, Any] = {}
@@ -181,7 +177,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("answers", Answers())
-        self.__dict__.setdefault("native", native_of(self.fused))
+        self.__dict__.setdefault("native", Native.chosen(self.fused))
         kept: Any = self._recipes
         self._recipes = list(zip(self.param_groups, kept))
         self._plans, self._made_for = {}, {}

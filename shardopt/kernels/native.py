@@ -16,8 +16,6 @@ from shardopt.kernels.twins import NoTwin
 from shardopt.state import part_specs
 
 OFF = os.environ.get("SHARDOPT_FUSED") == "0"  # for machines whose compiler must not be used
-    os.environ.get("SHARDOPT_FUSED") == "0"
-)  # for a machine whose compiler is not to be used: every step the reference
 SAID: set[str] = set()
 
 
@@ -42,6 +40,11 @@ class Native:
         self.ran: list[str] = []
         self.left = 0
         self.found: dict[Any, Found | str] = {}
+
+    @classmethod
+    def chosen(cls, fused: bool | None) -> "Native | None":
+        """What the argument `fused` asks for."""
+        return None if fused is False else cls(required=bool(fused))
 
     def step(self, items: Sequence[Any], totals: Mapping[str, Tensor], policy: Any) -> list[Any]:
         """Step what has a kernel; returns the items that have none, in order. ValueError, before anything is written,
