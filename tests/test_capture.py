@@ -20,6 +20,7 @@ def job(lr):
 
 
 def test_refusals():
+    """Kills: the first group alone checked, a tensor on the CPU let through, a frozen parameter refused."""
     lr = torch.tensor(0.1).as_subclass(OnDevice)
     p, opt = job(0.1)
     with pytest.raises(ValueError, match="reads it on the device"):
@@ -30,7 +31,12 @@ def test_refusals():
     with pytest.raises(ValueError, match="set_to_none=False"):
         check_capture(opt.param_groups, {p: True})
     p.grad = torch.ones(3)
-    check_capture(opt.param_groups, {p: True})
+    frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+    opt.add_param_group({"params": [frozen], "lr": lr})
+    check_capture(opt.param_groups, {p: True, frozen: False})
+    opt.param_groups[1]["lr"] = torch.tensor(0.1)
+    with pytest.raises(ValueError, match=r"param group 1 .*reads it on the device"):
+        check_capture(opt.param_groups, {p: True, frozen: False})
 
 
 def test_step_checks_while_capturing(monkeypatch):

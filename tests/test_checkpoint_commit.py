@@ -88,7 +88,8 @@ def crashed(folder):
 
 
 def test_loading_removes_nothing(tmp_path):
-    """Kills: cleaning at load, which took the folder from under another job's save and failed on read-only roots."""
+    """Kills: cleaning at load, which took the folder from under another job's save and failed on read-only roots; a
+    save that never ended taken for a checkpoint of plain DCP."""
     three(tmp_path)
     crashed(tmp_path / "step_00000003")
     before = sorted(tmp_path.rglob("*"))
@@ -96,8 +97,10 @@ def test_loading_removes_nothing(tmp_path):
         tmp_path.chmod(mode)
         assert shardopt.load_checkpoint(tmp_path, *job())["step"] == 2
         assert sorted(tmp_path.rglob("*")) == before
-    with pytest.raises(ValueError, match="no complete checkpoint"):
-        shardopt.load_checkpoint(tmp_path / "step_00000003", *job())
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no complete checkpoint"):
+            shardopt.load_checkpoint(tmp_path / "step_00000003", *job())
+        (tmp_path / "step_00000003" / "manifest.json").unlink(missing_ok=True)
 
 
 def test_plain_dcp_folders_survive(tmp_path):
@@ -115,12 +118,20 @@ def broken(*args, **options):
     raise OSError("disk full")
 
 
-@pytest.mark.parametrize("where", ["write_data", "finish"])
+BREAKS = {
+    "write_data": (writer.CheckpointWriter, "write_data"),
+    "finish": (writer.CheckpointWriter, "finish"),
+    "commit": (manifest, "commit"),
+    "marker": (Path, "replace"),
+}
+
+
+@pytest.mark.parametrize("where", BREAKS)
 @pytest.mark.parametrize("blocking", [True, False])
 def test_a_failed_save_leaves_the_same_step_as_it_was(tmp_path, monkeypatch, where, blocking):
     """Kills: removing the checkpoint of a step before its successor is committed."""
     shardopt.save_checkpoint(tmp_path, *job(steps=1), step=1, extra={"take": 1})
-    monkeypatch.setattr(writer.CheckpointWriter, where, broken)
+    monkeypatch.setattr(*BREAKS[where], broken)
     with pytest.raises(ValueError, match="the checkpoints before it are untouched"):
         shardopt.save_checkpoint(tmp_path, *job(), step=1, blocking=blocking).wait()
     assert os.listdir(tmp_path) == ["step_00000001"]
@@ -139,21 +150,25 @@ def test_after_a_crash_the_next_save_puts_the_same_step_back(tmp_path, ended):
     assert manifest.read_manifest(tmp_path / "step_00000001")["extra"] == {"take": 1 + ended}
 
 
-def test_what_cannot_be_pruned_is_a_warning_and_links_are_not_followed(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("step", "keep", "what"), [(4, 1, "step_00000002"), (3, None, "step_00000003.being_replaced")])
+def test_what_cannot_be_removed_is_a_warning_and_links_are_not_followed(tmp_path, monkeypatch, step, keep, what):
     """Kills: a committed save reported as failed; checkpoints emptied behind a link."""
     three(tmp_path / "far")
     near = tmp_path / "near"
     near.mkdir()
-    for step in (1, 2):
-        (near / f"step_0000000{step}").symlink_to(tmp_path / "far" / f"step_0000000{step}")
+    for link in ("step_00000001", "step_00000002", "step_00000002.being_removed"):
+        (near / link).symlink_to(tmp_path / "far" / link[:13])
     shardopt.save_checkpoint(near, *job(), step=3, keep=2)
     shardopt.save_checkpoint(near, *job(), step=2)  # replaces a link
-    assert sorted(os.listdir(near)) == ["step_00000002", "step_00000003"]
+    assert sorted(os.listdir(near)) == ["step_00000002", "step_00000002.being_removed", "step_00000003"]
     assert list(manifest.committed(tmp_path / "far")) == [1, 2, 3]
     monkeypatch.setattr(manifest, "discard", broken)
-    with pytest.warns(UserWarning, match="step_00000002 could not be removed.*disk full"):
-        shardopt.save_checkpoint(near, *job(), step=4, keep=1)
-    assert 4 in manifest.committed(near)
+    with pytest.warns(UserWarning, match=f"{what} could not be removed.*disk full"):
+        shardopt.save_checkpoint(near, *job(), step=step, keep=keep)
+    assert step in manifest.committed(near)
+    with pytest.warns(UserWarning, match=r"being_removed could not be removed.*disk full"):
+        shardopt.save_checkpoint(near, *job(), step=5)  # what is stuck fails no later save
+    assert 5 in manifest.committed(near)
 
 
 def test_a_failed_save_that_nobody_waited_for_warns(tmp_path, monkeypatch):
@@ -193,9 +208,11 @@ def test_nothing_is_pruned_or_committed_when_a_save_fails(tmp_path, monkeypatch)
     assert sorted(os.listdir(tmp_path)) == ["step_00000001", "step_00000002", "step_00000003"]
 
 
-def test_nothing_is_pruned_before_the_commit(tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["commit", "marker"])
+def test_nothing_is_pruned_before_the_commit(tmp_path, monkeypatch, where):
+    """Kills: pruning before `commit`, or inside it before the marker has its name."""
     three(tmp_path)
-    monkeypatch.setattr(manifest, "commit", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(*BREAKS[where], broken)
     with pytest.raises(ValueError, match="disk full"):
         shardopt.save_checkpoint(tmp_path, *job(), step=4, keep=1)
     assert list(manifest.committed(tmp_path)) == [1, 2, 3]

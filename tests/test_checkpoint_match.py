@@ -83,13 +83,16 @@ def test_missing_parameters_start_fresh_with_one_warning(tmp_path):
 
 
 def test_what_the_checkpoint_alone_has_is_named_once(tmp_path):
-    """Kills: parameters of a larger model dropped in silence."""
+    """Kills: parameters of a larger model, or state of a larger optimizer, dropped in silence; one named twice."""
     large = build("alone", dtype=FP32, model=Grown)
     shardopt.save_checkpoint(tmp_path, large, optimizer(large, "fp32"), step=0)
-    with pytest.warns(UserWarning) as told:
-        shardopt.load_checkpoint(tmp_path, *job("fp32"))
-    (message,) = [str(w.message) for w in told if "holds" in str(w.message)]
-    assert "head.weight" in message and "head.bias" in message and "tall" not in message
+    part = shardopt.AdamW([p for name, p in large.named_parameters() if "head" not in name], state="fp32")
+    for model, opt, its_state in ((*job("fp32"), False), (large, part, True)):
+        with pytest.warns(UserWarning) as told:
+            shardopt.load_checkpoint(tmp_path, model, opt)
+        (message,) = [str(w.message) for w in told if "holds" in str(w.message)]
+        assert message.count("head.weight") == message.count("head.bias") == 1 and "tall" not in message
+        assert ("its optimizer state" in message) == its_state
 
 
 def test_state_of_a_frozen_parameter_is_restored(tmp_path):

@@ -125,10 +125,10 @@ def sgds(kind, steps=0, **options):
 
 @pytest.mark.parametrize("momentum", [0.9, 0.0])
 def test_loads_torchs_sgd_which_counts_no_steps(tmp_path, momentum):
-    """Kills: a KeyError for the missing step counts; `no state` where SGD has none."""
+    """Kills: a KeyError for the missing step counts, or those that were here kept; `no state` where SGD has none."""
     model, opt = sgds(torch.optim.SGD, 2, momentum=momentum)
     dcp.save(tree(model, opt), checkpoint_id=tmp_path)
-    other, target = sgds(shardopt.SGD, 1, momentum=momentum, state="fp32")
+    other, target = sgds(shardopt.SGD, 3, momentum=momentum, state="fp32")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(lacks|holds)")
         assert shardopt.load_checkpoint(tmp_path, other, target) == {"step": int(momentum > 0)}
@@ -152,15 +152,25 @@ def test_switches_and_momentum_are_compared_not_adopted(tmp_path):
     check_equal(contents(model, opt), before)
 
 
-@pytest.mark.parametrize("decay", [0.1, 0.0])
-def test_another_kind_of_weight_decay_warns_once(tmp_path, decay):
-    """Kills: the number of a coupled decay used for a decoupled one in silence."""
-    dcp.save(tree(*sgds(torch.optim.Adam, 1, weight_decay=decay)), checkpoint_id=tmp_path)
+@pytest.mark.parametrize(
+    ("theirs", "ours", "decay", "words"),
+    [
+        ("Adam", "AdamW", 0.1, ["coupled (l2), here it is decoupled"]),
+        ("AdamW", "Adam", 0.1, ["decoupled, here it is coupled (l2)"]),
+        ("SGD", "SGD", 0.1, ["coupled (l2), here it is decoupled"]),
+        ("Adam", "AdamW", 0.0, []),
+        ("Adam", "Adam", 0.1, []),
+    ],
+)
+def test_another_kind_of_weight_decay_warns_once(tmp_path, theirs, ours, decay, words):
+    """Kills: the number of a coupled decay used for a decoupled one in silence; a warning for the same kind."""
+    dcp.save(tree(*sgds(getattr(torch.optim, theirs), 1, weight_decay=decay)), checkpoint_id=tmp_path)
+    options = {"addons": ["decay"]} if ours == "SGD" else {}
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        shardopt.load_checkpoint(tmp_path, *sgds(shardopt.AdamW))
+        shardopt.load_checkpoint(tmp_path, *sgds(getattr(shardopt, ours), **options))
     said = [str(w.message) for w in told if "weight_decay" in str(w.message)]
-    assert len(said) == (decay > 0) and all("coupled (l2), here it is decoupled" in text for text in said)
+    assert len(said) == len(words) and all(word in text for word, text in zip(words, said))
 
 
 # --- stock DCP alone

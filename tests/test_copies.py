@@ -79,7 +79,7 @@ def test_loads_what_torch_saved():
 
 
 def test_load_refuses_what_does_not_fit():
-    """Before anything is changed, in words. Kills: a partial load, an adopted recipe."""
+    """Before anything is changed, in words. Kills: a partial load, adopted numbers, an adopted recipe."""
     ps = params()
     saved = shardopt.AdamW(params(), state="fp32").state_dict()
     optimizer = shardopt.AdamW(ps, state="int8")
@@ -89,13 +89,17 @@ def test_load_refuses_what_does_not_fit():
         optimizer.load_state_dict(saved)
     with pytest.raises(ValueError, match="parameters, here it has"):
         optimizer.load_state_dict(shardopt.AdamW(params()[:2]).state_dict())
-    broken = copy.deepcopy(before)
+    other = copy.deepcopy(before)
+    other["param_groups"][0]["lr"] = 7.0
+    other["state"][0]["step"].fill_(9.0)
+    broken = copy.deepcopy(other)
     broken["state"][1]["exp_avg.sqrt8"] = broken["state"][1]["exp_avg.sqrt8"].to(torch.uint8)
     with pytest.raises(ValueError, match=r"uint8.*int8"):
         optimizer.load_state_dict(broken)
-    broken = copy.deepcopy(before)
+    broken = copy.deepcopy(other)
     del broken["state"][1]["exp_avg.sqrt8_scale"]
     with pytest.raises(ValueError, match="this optimizer stores"):
         optimizer.load_state_dict(broken)
     after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
     assert all(same(a.values(), b.values()) for a, b in zip(before["state"].values(), after["state"].values()))

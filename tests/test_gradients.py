@@ -7,7 +7,6 @@ import torch
 
 import shardopt
 from tests.small import close, give, params, same, train
-from tests.table import weights
 
 
 def test_parameters_without_gradient_rest():
@@ -53,15 +52,22 @@ def test_gradients_of_another_dtype(dtypes):
 
 def test_non_contiguous_parameters_and_gradients():
     """Strides of p and g do not matter. Kills: reshape where p must be written in place."""
-    plain, odd = params([(64, 96)]), [torch.nn.Parameter(weights((64, 96), seed=0).t().contiguous().t())]
-    assert not odd[0].is_contiguous()
+    plain = params([(64, 96), (66, 9, 3, 3)])
+    odd = [torch.nn.Parameter(turned(p.detach())) for p in plain]
+    assert not any(p.is_contiguous() for p in odd)
     a, b = shardopt.AdamW(plain, lr=0.1), shardopt.AdamW(odd, lr=0.1)
     for i in range(3):
         give(plain, i)
-        odd[0].grad = plain[0].grad.t().contiguous().t() if i else plain[0].grad.clone()
+        for p, q in zip(plain, odd):
+            q.grad = turned(p.grad) if i else p.grad.clone()
         a.step()
         b.step()
-    assert same(plain, [odd[0].detach().contiguous()])
+    assert same(plain, [q.detach().contiguous() for q in odd])
+
+
+def turned(x):
+    """The same tensor, laid out by columns."""
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 def test_sparse_and_complex_are_refused_with_words():

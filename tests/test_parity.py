@@ -1,5 +1,7 @@
 """Every rule equals torch.optim where torch has it, and a float64 transcription of the paper everywhere."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -161,7 +163,9 @@ MODES = [
 
 
 @pytest.mark.parametrize("second", ["decayed", "fixed", "corrected", "unclipped"])
-@pytest.mark.parametrize("eps", [("add", (1e-30, 1e-3)), ("add", (None, 1e-2)), ("clamp", (None, 1e-3))])
+@pytest.mark.parametrize(
+    "eps", [("add", (1e-30, 1e-3)), ("add", (None, 1e-2)), ("clamp", (None, 1e-3)), ("clamp", (1e-2, 1e-3))]
+)
 def test_adafactor_modes(eps, second):
     """All options against each other. Kills: alpha where rho is meant in a decay, eps added where torch clamps."""
     numbers = {
@@ -197,15 +201,22 @@ def test_clip_by_global_norm_is_clip_grad_norm():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_group_numbers_are_what_counts(rule):
-    """A rule's fields are defaults only: numbers changed in the group act at once. Kills: self.lr read in a rule."""
-    made = recipe(rule)
+    """A rule's fields are defaults only: numbers changed in the group act at once. Kills: self.lr, self.eps, ... read
+    in a rule."""
+    made = recipe(rule, addons="decay")
     a, b = tensors([(7, 15)]), tensors([(7, 15)])
-    first = ShardedOptimizer(a, made)
-    lr = 0.37 * made.rule.lr
-    second = ShardedOptimizer(b, Recipe(type(made.rule)(**{**vars(made.rule), "lr": lr}), "fp32"))
-    first.param_groups[0]["lr"] = lr
+    first = ShardedOptimizer(a, made, weight_decay=0.5)
+    numbers = {name: smaller(getattr(made.rule, name)) for name in made.rule.numbers}
+    second = ShardedOptimizer(b, Recipe(replace(made.rule, **numbers), "fp32", ("decay",)), weight_decay=0.5)
+    first.param_groups[0].update(numbers)
     for (g,) in draws([(7, 15)], 3):
         a[0].grad, b[0].grad = g.clone(), g.clone()
         first.step()
         second.step()
     assert a[0].equal(b[0])
+
+
+def smaller(number):
+    if isinstance(number, tuple):
+        return tuple(smaller(each) for each in number)
+    return None if number is None else 0.8 * number

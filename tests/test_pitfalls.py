@@ -148,15 +148,17 @@ def test_decay_reaches_every_element(addons):
 SLOW_STARTS = {"rmsprop": 1 / math.sqrt(1 - 0.93), "rmsprop.centered": 1 / math.sqrt(0.09 * 0.91)}
 
 
-@pytest.mark.parametrize("rule", NORMALISED)
+@pytest.mark.parametrize("rule", [*NORMALISED, "adafactor.fixed without beta1"])
 def test_the_start_is_bounded(rule):
     """P13. RMS(u) in [.05, 2] from the first step on. Declared: torch's RMSprop has no bias correction, its momentum
     adds up to 1 / (1 - momentum). Kills: a factored state from 0 without clip or correction."""
-    made = recipe(rule, FACTORED if rule.startswith("adafactor") else "fp32")
+    made = recipe(rule.split()[0], FACTORED if rule.startswith("adafactor") else "fp32")
+    bare = {"beta1": None} if rule.endswith("without beta1") else {}
     run = start(made, p=torch.zeros(SHAPE), **({"lr": 1e-2}))
     if "scale_parameter" in vars(made.rule):
-        run = start(Recipe(type(made.rule)(**{**vars(made.rule), "scale_parameter": False, "relative_step": False}),
-                           made.state), p=torch.zeros(SHAPE), lr=1e-2)  # fmt: skip
+        options = {**vars(made.rule), "scale_parameter": False, "relative_step": False, **bare}
+        made = Recipe(type(made.rule)(**options), "factored" if bare else made.state)
+        run = start(made, p=torch.zeros(SHAPE), lr=1e-2)
     for t, g in enumerate(noise(40)):
         before = run.p[0].clone()
         run.step(g)
@@ -214,8 +216,8 @@ def test_gradients_are_not_modified(rule, addons):
 
 
 def test_single_elements_are_bounded():
-    """P18. A column that was as good as zero, then a gradient in it: finite, and after the RMS clip at most
-    sqrt(elements). Kills: an inverse root of a column factor without its own new gradient in it."""
+    """P18. A column that was as good as zero, then a gradient in it: finite, and far below the sqrt(elements) that the
+    RMS clip allows. Kills: an inverse root of a column factor without its own new gradient in it."""
     for rule in ("adafactor", "adafactor.hf", "adafactor.raw"):
         run = start(rule, FACTORED, p=weights((64, 64)))
         for i, g in enumerate(noise(6, (64, 64))):
@@ -225,7 +227,7 @@ def test_single_elements_are_bounded():
             before = run.p[0].clone()
             run.step(g)
             assert torch.isfinite(run.p[0]).all()
-            assert (run.p[0] - before).abs().max() <= run.group["lr"] * 64
+            assert (run.p[0] - before).abs().max() <= run.group["lr"] * 8
 
 
 def test_noise_is_fresh_and_fair():

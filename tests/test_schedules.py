@@ -14,10 +14,11 @@ OPTIMIZERS = {
 }
 
 
-def job(make):
+def job(make, looked=False):
     torch.manual_seed(0)
     model = nn.Linear(40, 120)
     opt = make(model.parameters())
+    assert not looked or len(opt.state) == 2
     return model, opt, OneCycleLR(opt, 1e-2, total_steps=20)
 
 
@@ -29,10 +30,11 @@ def train(model, opt, schedule, first, last):
         schedule.step()
 
 
+@pytest.mark.parametrize("looked", [False, True])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_momentum_that_a_scheduler_switches_on(name):
-    """Equal to torch. Kills: slots settled when the optimizer is built, before its scheduler."""
-    ours, theirs = (job(make) for make in OPTIMIZERS[name])
+def test_a_momentum_that_a_scheduler_switches_on(name, looked):
+    """Equal to torch. Kills: slots settled when the optimizer is built, or first looked at, before its scheduler."""
+    ours, theirs = job(OPTIMIZERS[name][0], looked), job(OPTIMIZERS[name][1])
     train(*ours, 0, 8)
     train(*theirs, 0, 8)
     for p, q in zip(ours[0].parameters(), theirs[0].parameters()):
@@ -45,7 +47,7 @@ def test_it_resumes(name, tmp_path):
     make = OPTIMIZERS[name][0]
     model, opt, schedule = job(make)
     train(model, opt, schedule, 0, 3)
-    assert "momentum" in opt.explain() and shardopt.state_bytes(opt).per_parameter > 0
+    assert opt.param_groups[0]["recipe"] == opt.recipes[0].key()
     shardopt.save_checkpoint(tmp_path, model, opt, step=3)
     saved = {"opt": opt.state_dict(), "schedule": schedule.state_dict()}
     for load in ("checkpoint", "state dict"):
@@ -60,6 +62,14 @@ def test_it_resumes(name, tmp_path):
         train(whole, optimizer, plan, 0, 6)
         train(other, target, again, 3, 6)
         assert all(p.equal(q) for p, q in zip(other.parameters(), whole.parameters()))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_reports_follow_the_scheduler(name):
+    """Before the first step too. Kills: a report of the recipe from before the scheduler's momentum."""
+    make = OPTIMIZERS[name][0]
+    assert "momentum_buffer" in job(make)[1].explain()
+    assert "momentum_buffer" in shardopt.state_bytes(job(make)[1]).parts
 
 
 def test_a_group_that_has_not_stepped_may_still_change():

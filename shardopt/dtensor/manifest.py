@@ -117,7 +117,8 @@ def clean(root: Path) -> None:
         if match := BESIDE_NAME.fullmatch(entry.name):
             names.add(match[1])
             if match[2] in (NEW, GONE) and not entry.is_symlink():
-                discard(entry)
+                with removing(entry):  # what is stuck must not fail every later save
+                    discard(entry)
     for name in sorted(names):
         settle(root / name)
 
@@ -132,11 +133,11 @@ def prune(root: Path, keep: int, newest: Path) -> None:
 
 @contextmanager
 def removing(folder: Path) -> Iterator[None]:
-    """What cannot be removed is told in a warning: the save itself is committed."""
+    """What cannot be removed is told in a warning: no save fails for it."""
     try:
         yield
     except OSError as error:
-        warnings.warn(f"{folder} could not be removed ({error}); the new checkpoint is committed", stacklevel=2)
+        warnings.warn(f"{folder} could not be removed ({error}); it is left there", stacklevel=2)
 
 
 def write_durably(path: Path, content: bytes) -> None:
