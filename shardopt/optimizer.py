@@ -227,16 +227,23 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        policy = engine.Policy(self.nonfinite, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        known = self.param_groups, self.recipes, self.state, policy
+        if self.calls and self.native is not None and self.native.again(*known):
+            self.calls += 1
+            return loss
         self.make_states()
         items = self.items()
         if self.calls == 0:
-            self._first_look(items)
+            if not items and (warning := lazy.check_not_stale(self.named_parameters())):
+                warnings.warn(warning, stacklevel=3)
             if self._is_initialisation(items):
                 return loss
         self.calls += 1
         self._stepped.update(p for *_, p in self.parameters() if p.grad is not None)
-        policy = engine.Policy(self.nonfinite, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         taken = engine.run(items, self.answers, policy, self.native)
+        if self.native is not None:
+            self.native.remember(*known)
         if taken is not None:
             missed = (~taken).to(torch.int64)
             self._skipped = missed if self._skipped is None else self._skipped.to(missed.device) + missed
@@ -282,10 +289,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def skipped_steps(self) -> int:
         """Steps skipped so far, by nonfinite="skip" or GradScaler. Reading it waits for the device."""
         return 0 if self._skipped is None else int(self._skipped)
-
-    def _first_look(self, items: list[engine.Item]) -> None:
-        if not items and (warning := lazy.check_not_stale(self.named_parameters())):
-            warnings.warn(warning, stacklevel=4)
 
     def _is_initialisation(self, items: list[engine.Item]) -> bool:
         """DCP's and torchtitan's first step, with lr 0 and zero gradients, only wants state to exist: it does."""

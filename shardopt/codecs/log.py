@@ -10,7 +10,7 @@ octaves. The range is at least one octave, so that two codes are never the same 
 What makes encode(decode(s)) == s: log2 and exp2 are evaluated in float64 (which also makes them independent of an
 element's place in the tensor); hi and lo are rounded to multiples of 2^-20, wider than a float32's logarithm is
 uncertain, so that a decoded extreme finds them again; and t counts as a whole number within 2^-19 octaves of one,
-far below the 1.4e-3 octaves of a step of decay .999.
+far below the 1.4e-3 octaves of a step of decay .999. t itself is float32: 2^-23 of its largest value is added.
 """
 
 from dataclasses import dataclass
@@ -81,17 +81,19 @@ class Log8(Rounded):
         lo, span = lo.masked_fill(empty, 0), span.masked_fill(empty, 0)
 
         rate = (self.levels - 1) / span.to(torch.float64).masked_fill(empty, torch.inf)  # codes an octave
-        rate = blocks.spread(rate)
-        t = (x.to(torch.float64).log2() - blocks.spread(lo)) * rate
-        t = dither(t, uniform(noise()), TOLERANCE * rate) if self.stochastic else t.round()
-        q = torch.where(x == 0, 0, (t + 1).nan_to_num(1.0).clamp(1, self.levels))
+        steps = self.levels - 1
+        t = ((x.to(torch.float64).log2() - blocks.spread(lo)) * blocks.spread(rate)).to(torch.float32)
+        if self.stochastic:
+            tolerance = (rate * TOLERANCE + steps * 2.0**-23).to(torch.float32)  # octaves, and what float32 rounds
+            t = dither(t, uniform(noise()), blocks.spread(tolerance))
+        q = torch.where(x == 0, 0, t.round().nan_to_num(0.0).clamp(0, steps) + 1)
         return {self.name: self.store(q), f"{self.name}_lo": lo, f"{self.name}_range": span}
 
     def code_part(self, view: tuple[int, ...]) -> Part:
         return Part(self.name, torch.uint8)
 
     def store(self, q: Tensor) -> Tensor:
-        """Codes 0..levels, as float64, in the stored type."""
+        """Codes 0..levels, as float32, in the stored type."""
         return to_codes(q, torch.uint8)
 
     def load(self, codes: Tensor, geo: Geometry) -> Tensor:

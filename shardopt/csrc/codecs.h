@@ -58,9 +58,9 @@ struct Absmax {
     float scale;
   };
   HD static Scale open(const float* scale, const float*) { return {*scale}; }
-  HD static float scaled(float value, Scale s) {
-    float y = value * s.scale;
-    return !SIGNED && value > 0 && y < shardopt::least ? shardopt::least : y;
+  HD static float scaled(float value, Scale s) {  // a positive value stays positive
+    float y = value * s.scale, floor = value < shardopt::least ? value : shardopt::least;
+    return !SIGNED && y < floor ? floor : y;
   }
   HD static float prepare(float x) { return x; }
   // the stored scale of a block whose largest magnitude has these bits: 0 only where the block is 0, NaN where it is
@@ -76,7 +76,8 @@ struct Absmax {
   }
 };
 
-HD int whole(float t) { return (int)(t == t ? t : 0.0f); }
+// Whole numbers as codes. NaN becomes 0 or INT_MIN, whose low byte is 0: the scale of its block is NaN already.
+HD int whole(float t) { return (int)t; }
 
 template <int BLOCK>
 struct Int8 : Absmax<BLOCK, true> {
@@ -101,8 +102,7 @@ struct Sqrt8 : Absmax<BLOCK, true> {
     return {127.0f / root(Base::close(most, 0, stored).scale)};
   }
   HD static int encode(float x, Scale e, u32) {
-    float t = copy_sign(root(size(x)) * e.scale, x);
-    return whole(clamp(nearest_of(t), -127, 127));
+    return whole(nearest_of(copy_sign(root(size(x)) * e.scale, x)));  // at most 127 (1 + 3 ulp): no clamp
   }
 };
 
@@ -123,8 +123,8 @@ struct Root4 : Absmax<BLOCK, false> {
   }
   HD static int encode(float r, Scale e, u32 noise) {
     float t = root(r) * e.scale;
-    t = STOCHASTIC ? dither(t, uniform(noise), t * 1e-6f) : nearest_of(t);
-    return whole(r > 0 ? clamp(t, 1, 255) : t);
+    t = STOCHASTIC ? dither(t, uniform(noise), t * 1e-6f) : nearest_of(t);  // at most 255, within the tolerance
+    return whole(r > 0 && t < 1 ? 1.0f : t);
   }
 };
 
@@ -156,35 +156,44 @@ struct Int4 : Absmax<BLOCK, true> {
   HD static int encode(float x, Scale e, u32) { return whole(clamp(nearest_of(Base::ratio(x, e)), -7, 7) + 8.0f); }
 };
 
-// Tables (Table: size, entries, and the midpoints that part them; written by shardopt/kernels/source.py) -------------
+// Tables (Table: size, entries, and the midpoints that part them; written by shardopt/kernels/twins.py) --------------
 
-template <class Table>
-HD int nearest_entry(float x) {  // on a midpoint the lower one; NaN the last
-  if constexpr (Table::size <= 16) {
-    int q = 0;
-    each<Table::size - 1>([&](auto k) { q += !(x <= Table::midpoint(decltype(k)::value)); });
-    return q;
-  } else {
-    int q = 0;  // binary search among size - 1 midpoints, size 255 or 256
-    each<8>([&](auto k) {
-      constexpr int half = 128 >> decltype(k)::value;
-      int next = q + half;
-      q = next <= Table::size - 1 && !(x <= Table::midpoint(next - 1)) ? next : q;
-    });
-    return q;
-  }
-}
-
+// Signed, 15 entries mirrored around entry 7, which is 0. No look-up: the entry's bits are put together from masks.
+// On a midpoint the lower entry is the nearest.
 template <int BLOCK, class Table>
 struct Dyn4 : Absmax<BLOCK, true> {
   using Base = Absmax<BLOCK, true>;
   using typename Base::Scale;
   using Code = u8;
   static constexpr int packed = 2, zero = 7;
-  HD static float decode(int q, Scale s) { return Base::scaled(Table::entry(q), s); }
+  HD static float decode(int q, Scale s) {
+    int k = q < 7 ? 7 - q : q - 7;
+    u32 y = q < 7 ? 0x80000000u : 0u;
+    each<7>([&](auto i) {
+      constexpr int at = decltype(i)::value;
+      y ^= (u32)(at - k >> 31) & (bits(Table::entry(8 + at)) ^ (at > 0 ? bits(Table::entry(7 + at)) : 0u));
+    });
+    return Base::scaled(from_bits(y), s);
+  }
   HD static Scale close(u32 most, u32, float* stored) { return Base::close(most, 0, stored); }
-  HD static int encode(float x, Scale e, u32) { return nearest_entry<Table>(Base::ratio(x, e)); }
+  HD static int encode(float x, Scale e, u32) {
+    float r = Base::ratio(x, e), magnitude = from_bits((bits(r) & 0x7fffffffu) + (r < 0 ? 1u : 0u));
+    int k = 0;
+    each<7>([&](auto i) { k += !(magnitude <= Table::midpoint(7 + decltype(i)::value)); });
+    return r < 0 ? 7 - k : 7 + k;
+  }
 };
+
+template <class Table>
+HD int nearest_entry(float x) {  // of 255 or 256 entries; NaN the last
+  int q = 0;
+  each<8>([&](auto k) {
+    constexpr int half = 128 >> decltype(k)::value;
+    int next = q + half, at = next < Table::size ? next - 1 : 0;
+    q = next < Table::size && !(x <= Table::midpoint(at)) ? next : q;
+  });
+  return q;
+}
 
 template <int BLOCK, bool SIGNED, class Table>
 struct Dyn8 : Absmax<BLOCK, SIGNED> {

@@ -99,21 +99,21 @@ HD float fp8_to_float(u8 q) {
   return from_bits(y | ((u32)(q & 0x80u) << 24));
 }
 
-HD u8 number_to_fp8(float y) {  // y: a number of the format, or NaN
+HD u32 number_to_fp8(float y) {  // y: a number of the format, or NaN
   u32 b = bits(y), magnitude = b & 0x7fffffffu;
   u32 normal = (magnitude - 0x3c000000u) >> 20;  // 2^-6 becomes 8, exponent 1
   u32 tiny = (u32)(i32)(from_bits(magnitude) * 0x1p9f);
   u32 q = magnitude < 0x3c800000u ? tiny : normal;
   q = magnitude > inf_bits ? 0x7fu : q;
-  return (u8)(q | ((b >> 24) & 0x80u));
+  return q | ((b >> 24) & 0x80u);
 }
 
-HD u8 to_fp8(float x) {
+HD u32 to_fp8(float x) {
   float y = Grid<3, -6>::nearest(clamp(x, -448.0f, 448.0f));
   return number_to_fp8(x == x ? y : x);
 }
 
-HD u8 to_fp8_stochastic(float x, u32 noise, float tolerance) {
+HD u32 to_fp8_stochastic(float x, u32 noise, float tolerance) {
   return number_to_fp8(Grid<3, -6>::stochastic(x, noise, tolerance, 448.0f));
 }
 

@@ -31,7 +31,7 @@ struct AdamW {  // numbers: lr, beta1, beta2, eps
     float v = fresh[second] = old[second] * h.beta2 + g * g * h.rest2;
     float r = root(v) * h.inverse_root;
     if constexpr (ATAN2) return (float)(atan2((double)m, (double)r) * (4 / 3.14159265358979323846));
-    return m / (r + h.eps);
+    return over(m, r + h.eps);
   }
 };
 
@@ -83,7 +83,7 @@ struct RMSprop {  // numbers: lr, alpha, eps, momentum
       v = v - mean * mean;
       v = v < 0 ? 0 : v;
     }
-    float u = g / (root(v) + h.eps);
+    float u = over(g, root(v) + h.eps);
     if constexpr (MOMENTUM) u = fresh[1 + CENTERED] = old[1 + CENTERED] * h.momentum + u;
     return u;
   }

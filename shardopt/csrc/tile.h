@@ -4,10 +4,14 @@
 #pragma once
 #include "step.h"
 
-#ifdef __CUDACC_RTC__
-#define ELEMENTS _Pragma("unroll")
+// A loop over `count` things of which the first n count, all of them where FULL. In registers it is unrolled and
+// guarded, since registers have no addresses; in memory it ends at n and is vectorised.
+#ifdef SHARDOPT_REGISTERS
+#define ELEMENTS UNROLL
+#define EVERY(i, count, full, n) UNROLL for (int i = 0; i < (count); i++) if ((full) || i < (n))
 #else
 #define ELEMENTS IVDEP
+#define EVERY(i, count, full, n) IVDEP for (int i = 0; i < ((full) ? (count) : (n)); i++)
 #endif
 
 namespace shardopt {
@@ -15,26 +19,25 @@ namespace shardopt {
 // E elements of memory: in place on a CPU; in registers on a GPU, moved 16 bytes at a time where they are aligned.
 template <class T, int E, bool FULL>
 struct Window {
-#ifdef __CUDACC_RTC__
+#ifdef SHARDOPT_REGISTERS
   alignas(16) T x[E];
   HD void load(const T* from, int n) {
     if constexpr (FULL) {
       copy(x, from);
     } else {
-      ELEMENTS for (int i = 0; i < E; i++) x[i] = i < n ? from[i] : T(0);
+      UNROLL for (int i = 0; i < E; i++) x[i] = i < n ? from[i] : T(0);
     }
   }
   HD void store(T* to, int n) {
     if constexpr (FULL) {
       copy(to, x);
     } else {
-      ELEMENTS for (int i = 0; i < E; i++)
-        if (i < n) to[i] = x[i];
+      EVERY(i, E, FULL, n) to[i] = x[i];
     }
   }
   HD static void copy(T* to, const T* from) {
     constexpr int bytes = E * sizeof(T), piece = bytes >= 16 ? 16 : bytes;
-    ELEMENTS for (int i = 0; i < bytes / piece; i++) {
+    UNROLL for (int i = 0; i < bytes / piece; i++) {
       if constexpr (piece == 16) ((uint4*)to)[i] = ((const uint4*)from)[i];
       if constexpr (piece == 8) ((uint2*)to)[i] = ((const uint2*)from)[i];
       if constexpr (piece == 4) ((u32*)to)[i] = ((const u32*)from)[i];
@@ -57,14 +60,14 @@ struct Codes {
   HD void load(const T* from, int n) {
     bytes.load(from, C::packed == 2 ? (n + 1) / 2 : n);
     if constexpr (C::packed == 2) {
-      ELEMENTS for (int i = 0; i < (FULL ? E : n + 1) / 2; i++) {
+      EVERY(i, E / 2, FULL, (n + 1) / 2) {
         apart[2 * i] = bytes[i] & 15;
         apart[2 * i + 1] = bytes[i] >> 4;
       }
     }
   }
   HD void begin(T* to) {
-#ifndef __CUDACC_RTC__
+#ifndef SHARDOPT_REGISTERS
     bytes.load(to, E);
 #endif
   }
@@ -85,8 +88,10 @@ struct Codes {
   }
   HD void store(T* to, int n) {
     if constexpr (C::packed == 2) {
-      if (!FULL && n % 2) apart[n] = C::zero;
-      ELEMENTS for (int i = 0; i < (FULL ? E : n + 1) / 2; i++) bytes[i] = (u8)(apart[2 * i] | (apart[2 * i + 1] << 4));
+      EVERY(i, E / 2, FULL, (n + 1) / 2) {
+        u8 high = !FULL && 2 * i + 1 == n ? (u8)C::zero : apart[2 * i + 1];
+        bytes[i] = (u8)(apart[2 * i] | (high << 4));
+      }
     }
     bytes.store(to, C::packed == 2 ? (n + 1) / 2 : n);
   }
@@ -115,16 +120,17 @@ struct Member {
     return (float*)s.part[K::Slots::part_of(I) + 1 + which] + row * ((s.ld + block - 1) / block) + column / block;
   }
 
-  // Read, update, write p and what is stored element by element; keep the rest. column: of the tile; n: its length.
+  // Read, update, write p and what is stored element by element; keep the rest. column: of the tile; n: its length;
+  // aligned: whether every array's first element of a row begins at a multiple of what `Window::copy` moves.
   HD void forward(const Span& s, const typename K::Scalars& h, const typename K::RowNoise& noise, i64 row, i64 column,
-                  int n, int lane) {
+                  int n, int lane, bool aligned = true) {
     ELEMENTS for (int c = 0; c < chunks; c++) {
       int first = (c * LANES + lane) * E, count = n - first;
       each<slots>([&](auto i) { most[decltype(i)::value][c] = 0, fewest[decltype(i)::value][c] = inf_bits; });
-      if (count >= E)
+      if (count >= E && aligned)
         chunk<true>(s, h, noise, row, column + first, E, c);
       else if (count > 0)
-        chunk<false>(s, h, noise, row, column + first, count, c);
+        chunk<false>(s, h, noise, row, column + first, count < E ? count : E, c);
     }
   }
 
@@ -144,14 +150,16 @@ struct Member {
 
   // Encode what was kept; the extremes are the blocks' now. The member that holds a block's first element stores
   // its numbers.
-  HD void finish(const Span& s, const typename K::RowNoise& noise, i64 row, i64 column, int n, int lane) {
+  HD void finish(const Span& s, const typename K::RowNoise& noise, i64 row, i64 column, int n, int lane,
+                 bool aligned = true) {
     each<slots>([&](auto i) {
       constexpr int I = decltype(i)::value;
-      if constexpr (C<I>::block > 0) finish_slot<I>(s, noise, row, column, n, lane);
+      if constexpr (C<I>::block > 0) finish_slot<I>(s, noise, row, column, n, lane, aligned);
     });
   }
   template <int I>
-  HD void finish_slot(const Span& s, const typename K::RowNoise& noise, i64 row, i64 column, int n, int lane);
+  HD void finish_slot(const Span& s, const typename K::RowNoise& noise, i64 row, i64 column, int n, int lane,
+                      bool aligned);
 };
 
 // The decoding numbers of a slot's block, or nothing.
@@ -215,7 +223,7 @@ HD void Member<K, E, LANES>::chunk_of(const Span& s, const typename K::Scalars& 
   const u32 first = (u32)(s.col0 + column);
   u32 high[slots + 1] = {}, low[slots + 1];
   ((low[I] = inf_bits), ...);
-  ELEMENTS for (int e = 0; e < (FULL ? E : n); e++) {
+  EVERY(e, E, FULL, n) {
     float x = P::load(p[e]), old[slots + 1], fresh[slots + 1];
     ((old[I] = pick<I>(opened).decode(pick<I>(codes).get(e))), ...);
     float d = K::Gradient::template apply<false>(x, G::load(g[e]), 0, h.gradient);
@@ -254,7 +262,7 @@ HD void Member<K, E, LANES>::chunk_of(const Span& s, const typename K::Scalars& 
 template <class K, int E, int LANES>
 template <int I>
 HD void Member<K, E, LANES>::finish_slot(const Span& s, const typename K::RowNoise& noise, i64 row, i64 column, int n,
-                                         int lane) {
+                                         int lane, bool aligned) {
   constexpr int block = C<I>::block;
   const u32 key = noise.key[I + 1];
   ELEMENTS for (int c = 0; c < chunks; c++) {
@@ -273,13 +281,13 @@ HD void Member<K, E, LANES>::finish_slot(const Span& s, const typename K::RowNoi
       Codes<C<I>, E, FULL> codes;
       codes.begin(to);
       const auto e = encoder;
-      ELEMENTS for (int i = 0; i < (FULL ? E : count); i++) {
+      EVERY(i, E, FULL, count) {
         u32 drawn = C<I>::stream != 0 ? noise_at(key, global + i) : 0;
         codes.put(i, C<I>::encode(kept[I][c][i], e, drawn));
       }
       codes.store(to, count);
     };
-    if (count == E)
+    if (count == E && aligned)
       put(Index<1>{});
     else
       put(Index<0>{});

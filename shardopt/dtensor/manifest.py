@@ -87,7 +87,11 @@ def begin(folder: Path) -> None:
     """Make the directory of a save, which holds `SAVING` from its first moment on; what has its name is put aside."""
     clean(folder.parent)
     if there(folder):
-        if not any((folder / name).exists() for name in (MANIFEST, COMMITTED)) and any(folder.iterdir()):
+        if (
+            folder.exists()
+            and not any((folder / name).exists() for name in (MANIFEST, COMMITTED))
+            and any(folder.iterdir())
+        ):
             raise FileExistsError(f"{folder} is there, and not shardopt's to replace; move it or remove it")
         folder.rename(beside(folder, OLD))
     new = beside(folder, NEW)

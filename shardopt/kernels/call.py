@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from shardopt.kernels.key import Key
 from shardopt.kernels.spans import GROUP, KEY, PARTS, STEP, TILE0, G, P, Shape
@@ -14,39 +13,51 @@ from shardopt.state import STEP as STEP_NAME
 
 
 class Call:
+    """Filled by `add`, closed once, then run in every step with fresh gradient pointers.
+
+    members: which of the step's items these are. The pointers of parameters and states are as they were when added.
+    """
+
     def __init__(self, key: Key, function: Any) -> None:
         self.key, self.function = key, function
         self.rows: list[np.ndarray] = []
         self.groups: list[Mapping[str, Any]] = []
         self.steps: list[int] = []
-        self.alive: list[Tensor] = []  # gradients that had to be copied
+        self.members: list[int] = []
         self.tiles = 0
 
-    def add(self, item: Any, shape: Shape) -> None:
+    def add(self, item: Any, shape: Shape, member: int) -> None:
         """Take one more parameter. Its state holds the parts in the order of its slots, step and key beside them."""
-        grad = item.grad if item.grad.is_contiguous() else item.grad.contiguous()
-        self.alive.append(grad)
         if not self.groups or self.groups[-1] is not item.group:
             self.groups.append(item.group)
+        parts = [t.data_ptr() for name, t in item.state.items() if name not in (STEP_NAME, KEY_NAME)]
+        step = item.state[STEP_NAME].data_ptr()
         rows = shape.offsets.copy()
         rows[:, P] += item.p.data_ptr()
-        rows[:, G] += grad.data_ptr()
-        rows[:, STEP] = item.state[STEP_NAME].data_ptr()
+        rows[:, STEP] = step
+        rows[:, KEY] = item.state[KEY_NAME].data_ptr() if KEY_NAME in item.state else 0
         rows[:, GROUP] = len(self.groups) - 1
         rows[:, TILE0] += self.tiles
-        rows[:, PARTS:] += [t.data_ptr() for name, t in item.state.items() if name not in (STEP_NAME, KEY_NAME)]
-        if KEY_NAME in item.state:
-            rows[:, KEY] = item.state[KEY_NAME].data_ptr()
+        rows[:, PARTS:] += np.array(parts, dtype=np.int64)
         self.rows.append(rows)
-        self.steps.append(item.state[STEP_NAME].data_ptr())
+        self.steps.append(step)
+        self.members.append(member)
         self.tiles += shape.tiles
 
-    def run(self, totals: Mapping[str, Any]) -> None:
-        """totals: what was asked of all parameters, by add-on, and `grad_scale`."""
-        spans = np.concatenate(self.rows)
+    def close(self) -> None:
+        """No parameter is added any more."""
+        self.spans = np.concatenate(self.rows)
+        self.owner = np.repeat(self.members, [len(rows) for rows in self.rows])
+        self.inside = self.spans[:, G].copy()  # bytes from a gradient's first element to the span's
+        self.counters = np.array(self.steps, dtype=np.int64)
+
+    def run(self, gradients: np.ndarray, totals: Mapping[str, Any]) -> None:
+        """gradients: pointers of all items' gradients, int64. totals: what was asked of all parameters, by add-on."""
+        if not len(self.spans):
+            gradients = np.zeros(1, dtype=np.int64)
+        self.spans[:, G] = gradients[self.owner] + self.inside
         numbers = np.array([self.key.numbers(group, totals) for group in self.groups], dtype=np.float64)
-        steps = np.array(self.steps, dtype=np.int64)
         self.function(
-            spans.ctypes.data, len(spans), self.tiles, numbers.ctypes.data, numbers.shape[1],
-            steps.ctypes.data, len(steps), torch.get_num_threads(),
+            self.spans.ctypes.data, len(self.spans), self.tiles, numbers.ctypes.data, numbers.shape[1],
+            self.counters.ctypes.data, len(self.counters), torch.get_num_threads(),
         )  # fmt: skip

@@ -5,12 +5,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from shardopt.kernels import cpu
 from shardopt.kernels.call import Call
 from shardopt.kernels.key import Key, key_of
+from shardopt.kernels.replay import Replay, facts_of
 from shardopt.kernels.spans import Part, Shape, shape_of
 from shardopt.kernels.twins import NoTwin
 from shardopt.state import part_specs
@@ -31,14 +33,15 @@ class Found(NamedTuple):
 class Native:
     """The kernels of one optimizer.
 
-    required: fused=True, so that a parameter without a kernel is an error. ran: C++ types of the last step's kernels,
-    and `left`, how many parameters it left to the reference: for tests and people.
+    required: fused=True, so that a parameter without a kernel is an error. Of the last full step: calls; stepped and
+    left, how many parameters they stepped and how many were left to the reference.
     """
 
     def __init__(self, required: bool = False) -> None:
         self.required = required
-        self.ran: list[str] = []
-        self.left = 0
+        self.calls: list[Call] = []
+        self.stepped = self.left = 0
+        self.replay: Replay | None = None
         self.found: dict[Any, Found | str] = {}
 
     @classmethod
@@ -52,20 +55,44 @@ class Native:
         before = prologue(policy)
         calls: dict[str, Call] = {}
         left: list[Any] = []
+        gradients: list[Tensor] = []
         for item in items:
             found = self.find(item, before)
             if isinstance(found, str):
                 left.append(item)
-            else:
-                calls.setdefault(found.key.cpp, Call(found.key, found.step)).add(item, found.shape)
+                continue
+            if found.key.cpp not in calls:
+                calls[found.key.cpp] = Call(found.key, found.step)
+            calls[found.key.cpp].add(item, found.shape, len(gradients))
+            gradients.append(item.grad.contiguous())
         if left and self.required:
             reasons = dict.fromkeys(str(self.find(item, before)) for item in left)
             raise ValueError(refusal(reasons))
         numbers = {**totals, "grad_scale": policy.grad_scale}
+        addresses = np.array([gradient.data_ptr() for gradient in gradients], dtype=np.int64)
         for call in calls.values():
-            call.run(numbers)
-        self.ran, self.left = list(calls), len(left)
+            call.close()
+            call.run(addresses, numbers)
+        self.calls, self.stepped, self.left = list(calls.values()), len(gradients), len(left)
         return left
+
+    def remember(self, groups: Sequence[Any], recipes: Sequence[Any], states: Any, policy: Any) -> None:
+        """Keep the step just taken for `again`, if kernels did all of it."""
+        facts = facts_of(groups, recipes, policy)
+        took_part = sum(p.grad is not None for group in groups for p in group["params"])
+        self.replay = None
+        if facts is not None and self.stepped == took_part:
+            replay = Replay(groups, states, facts, self.calls)
+            self.replay = replay if replay.possible else None
+
+    def again(self, groups: Sequence[Any], recipes: Sequence[Any], states: Any, policy: Any) -> bool:
+        """Take the last step again, with the gradients and numbers of now; False where it must be looked at anew."""
+        return self.replay is not None and self.replay.run(groups, states, facts_of(groups, recipes, policy))
+
+    @property
+    def ran(self) -> list[str]:
+        """The C++ types of the last step's kernels."""
+        return [call.key.cpp for call in self.calls]
 
     def find(self, item: Any, before: tuple[str, ...]) -> Found | str:
         """The kernel of one parameter, compiled if it has to be, or why it has none."""

@@ -132,6 +132,6 @@ def table_source(name: str) -> str:
     lists = [", ".join(f"{x.hex()}f" for x in values) for values in (entries, midpoints)]
     return (
         f"struct {name} {{\n  static constexpr int size = {len(entries)};\n"
-        f"  HD static float entry(int i) {{ constexpr float x[] = {{{lists[0]}}}; return x[i]; }}\n"
-        f"  HD static float midpoint(int i) {{ constexpr float x[] = {{{lists[1]}}}; return x[i]; }}\n}};\n"
+        f"  HD static float entry(int i) {{ CONSTANTS x[] = {{{lists[0]}}}; return x[i]; }}\n"
+        f"  HD static float midpoint(int i) {{ CONSTANTS x[] = {{{lists[1]}}}; return x[i]; }}\n}};\n"
     )
