@@ -26,12 +26,12 @@ def run(items: Sequence[Item], answers: Any, policy: Policy, native: Any = None)
     totals, taken = before(items, answers, policy)
     if taken is not None and taken.device.type == "cpu" and not taken:
         return taken
-    alone = [item for item in items if not asks(item)]
-    for item in native.step(alone, totals, policy) if native is not None else alone:
+    alone, asking = [item for item in items if not asks(item)], [item for item in items if asks(item)]
+    for item in native.step(alone, asking, totals, policy) if native is not None else alone:
         for asked in step_of(item, policy, totals, taken):
             raise AssertionError(f"{item.recipe.key()} asks {asked}, but says that it asks nothing")
     alive: list[Iterator[None]] = []
-    for bucket in buckets(item for item in items if asks(item)):
+    for bucket in buckets(asking):
         steps = [step_of(item, policy, totals, taken) for item in bucket]
         alive.append(drive(steps, [item.layout for item in bucket], answers))
         if len(alive) == ALIVE:

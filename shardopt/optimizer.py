@@ -40,11 +40,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     params: tensors, (name, tensor) pairs or param groups, as for every torch optimizer. A group may hold a `recipe`
     of its own, or `state`, `addons`, `rounding`, `update_from` that replace parts of the optimizer's.
-    recipe: what groups without their own do. fused: None steps with native kernels where there are some, with the
-    reference elsewhere; True raises where there are none; False never compiles. The results are the same. nonfinite:
-    "propagate" (as torch), "zero" (a non-finite element counts as zero) or "skip" (the whole step, on all ranks of the
-    meshes alike, from a reduced flag; counted in `skipped_steps`). seed: of stochastic rounding. Further keywords are
-    defaults of the param groups: lr, weight_decay, maximize, ...
+    recipe: what groups without their own do. fused: None steps with native kernels where there are some, True raises
+    where there are none, False never compiles; the results are the same. nonfinite: "propagate" (as torch), "zero" (a
+    non-finite element counts as zero) or "skip" (the whole step, on all ranks alike; counted in `skipped_steps`). seed:
+    of stochastic rounding. Further keywords are defaults of the param groups: lr, weight_decay, maximize, ...
 
     Every rank must hold gradients of the same parameters in a step, as for every collective of torch's.
     State appears complete on the first look at `state`, `state_dict()` or `step()`, never on meta. Raises ValueError
@@ -67,8 +66,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"nonfinite is {nonfinite!r}; it must be one of {', '.join(NONFINITE)}")
         self.recipe = recipe
         self._recipes: list[tuple[dict[str, Any], Recipe]] = []
-        self.nonfinite, self.seed, self.fused = nonfinite, int(seed), fused
-        self.calls = 0
+        self.nonfinite, self.seed, self.fused, self.calls = nonfinite, int(seed), fused, 0
         self.answers = Answers()
         self.native = Native.chosen(fused)
         self._skipped: Tensor | None = None
@@ -88,6 +86,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, on a copy: the group keeps the user's keys and gets its numbers and its recipe's key string."""
         group, recipe = complete(param_group, self.recipe, self._given, self.defaults)
+        if self.native is not None:
+            self.native.accept(recipe)
         super().add_param_group(group)
         for p in group["params"]:
             if not p.is_floating_point():

@@ -106,7 +106,7 @@ class Sqrt8(Absmax):
 
     def relative(self, x: Tensor, scale: Tensor, blocks: Blocks) -> Tensor:
         """127 sign(x) sqrt(|x| / scale)."""
-        return (sqrt(x.abs()) * blocks.spread(127 / sqrt(scale))).copysign(x)
+        return (sqrt(x.abs()) * blocks.spread(sqrt(scale).reciprocal() * 127)).copysign(x)
 
     def quantise(self, ratio: Tensor, x: Tensor, geo: Geometry, noise: Noise) -> Tensor:
         return to_codes(ratio.round().clamp(-127, 127), self.dtype)
@@ -131,7 +131,7 @@ class Root4(Rounded, Absmax):
 
     def relative(self, x: Tensor, scale: Tensor, blocks: Blocks) -> Tensor:
         """255 (x / scale)^(1/4)."""
-        return sqrt(sqrt(x)) * blocks.spread(255 / sqrt(sqrt(scale)))
+        return sqrt(sqrt(x)) * blocks.spread(sqrt(sqrt(scale)).reciprocal() * 255)
 
     def quantise(self, ratio: Tensor, x: Tensor, geo: Geometry, noise: Noise) -> Tensor:
         t = dither(ratio, uniform(noise()), ratio * TOLERANCE) if self.stochastic else ratio.round()

@@ -99,7 +99,7 @@ struct Sqrt8 : Absmax<BLOCK, true> {
     return Base::scaled(t * size(t), s);
   }
   HD static Scale close(u32 most, u32, float* stored) {
-    return {127.0f / root(Base::close(most, 0, stored).scale)};
+    return {1.0f / root(Base::close(most, 0, stored).scale) * 127.0f};
   }
   HD static int encode(float x, Scale e, u32) {
     return whole(nearest_of(copy_sign(root(size(x)) * e.scale, x)));  // at most 127 (1 + 3 ulp): no clamp
@@ -119,7 +119,7 @@ struct Root4 : Absmax<BLOCK, false> {
   }
   HD static float prepare(float x) { return root(x); }  // the step has taken this root already
   HD static Scale close(u32 most, u32, float* stored) {
-    return {255.0f / root(root(Base::close(most, 0, stored).scale))};
+    return {1.0f / root(root(Base::close(most, 0, stored).scale)) * 255.0f};
   }
   HD static int encode(float r, Scale e, u32 noise) {
     float t = root(r) * e.scale;

@@ -27,10 +27,9 @@ class Call:
         self.tiles = 0
 
     def add(self, item: Any, shape: Shape, member: int) -> None:
-        """Take one more parameter. Its state holds the parts in the order of its slots, step and key beside them."""
+        """Take one more parameter, the `member`-th of the step's items."""
         if not self.groups or self.groups[-1] is not item.group:
             self.groups.append(item.group)
-        parts = [t.data_ptr() for name, t in item.state.items() if name not in (STEP_NAME, KEY_NAME)]
         step = item.state[STEP_NAME].data_ptr()
         rows = shape.offsets.copy()
         rows[:, P] += item.p.data_ptr()
@@ -38,7 +37,8 @@ class Call:
         rows[:, KEY] = item.state[KEY_NAME].data_ptr() if KEY_NAME in item.state else 0
         rows[:, GROUP] = len(self.groups) - 1
         rows[:, TILE0] += self.tiles
-        rows[:, PARTS:] += np.array(parts, dtype=np.int64)
+        for i, name in enumerate(shape.names):
+            rows[:, PARTS + i] += item.state[name].data_ptr()
         self.rows.append(rows)
         self.steps.append(step)
         self.members.append(member)

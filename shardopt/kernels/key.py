@@ -57,13 +57,7 @@ def key_of(
     before: tuple[str, ...] = (),
 ) -> Key:
     """The key of a step. before: "unscale", "zero", "maximize", what is done to the gradient first. Raises NoTwin."""
-    if type(recipe.rule) not in RULES:
-        raise NoTwin(f"rule {recipe.rule.name} has no native twin")
-    if recipe.update_from != "fresh":
-        raise NoTwin(f"update_from={recipe.update_from!r} has no native twin")
-    for addon in recipe.addons:
-        if type(addon) not in ADDONS:
-            raise NoTwin(f"add-on {addon.name} has no native twin")
+    check_recipe(recipe)
     for what, dtype in (("parameters", parameter), ("gradients", gradient)):
         if dtype not in MEMORY:
             raise NoTwin(f"{what} of {dtype} have no native twin")
@@ -87,6 +81,17 @@ def key_of(
         tuple(codec.block for _, codec in codecs if hasattr(codec, "block")),
         recipe.write.noisy(parameter) or any(codec.noisy for _, codec in codecs),
     )
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """NoTwin where no parameter of this recipe can have a kernel, whatever its shape and dtype."""
+    if type(recipe.rule) not in RULES:
+        raise NoTwin(f"rule {recipe.rule.name} has no native twin")
+    if recipe.update_from != "fresh":
+        raise NoTwin(f"update_from={recipe.update_from!r} has no native twin")
+    for addon in recipe.addons:
+        if type(addon) not in ADDONS:
+            raise NoTwin(f"add-on {addon.name} has no native twin")
 
 
 def kahan(recipe: Recipe, parameter: torch.dtype) -> str:

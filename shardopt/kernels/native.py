@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shardopt.kernels import cpu
 from shardopt.kernels.call import Call
-from shardopt.kernels.key import Key, key_of
+from shardopt.kernels.key import Key, check_recipe, key_of
 from shardopt.kernels.replay import Replay, facts_of
 from shardopt.kernels.spans import Part, Shape, shape_of
 from shardopt.kernels.twins import NoTwin
@@ -49,9 +49,17 @@ class Native:
         """What the argument `fused` asks for."""
         return None if fused is False else cls(required=bool(fused))
 
-    def step(self, items: Sequence[Any], totals: Mapping[str, Tensor], policy: Any) -> list[Any]:
-        """Step what has a kernel; returns the items that have none, in order. ValueError, before anything is written,
-        where kernels are required."""
+    def accept(self, recipe: Any) -> None:
+        """ValueError where kernels are required and the recipe cannot have any."""
+        try:
+            check_recipe(recipe)
+        except NoTwin as why:
+            if self.required:
+                raise ValueError(refusal({str(why): None})) from None
+
+    def step(self, items: Sequence[Any], others: Sequence[Any], totals: Mapping[str, Tensor], policy: Any) -> list[Any]:
+        """Step what has a kernel; returns the items that have none, in order. others: those that ask, for which there
+        are no kernels. ValueError, before anything is written, where kernels are required."""
         before = prologue(policy)
         calls: dict[str, Call] = {}
         left: list[Any] = []
@@ -65,15 +73,14 @@ class Native:
                 calls[found.key.cpp] = Call(found.key, found.step)
             calls[found.key.cpp].add(item, found.shape, len(gradients))
             gradients.append(item.grad.contiguous())
-        if left and self.required:
-            reasons = dict.fromkeys(str(self.find(item, before)) for item in left)
-            raise ValueError(refusal(reasons))
+        if self.required and (left or others):
+            raise ValueError(refusal(dict.fromkeys(str(self.find(item, before)) for item in (*left, *others))))
         numbers = {**totals, "grad_scale": policy.grad_scale}
         addresses = np.array([gradient.data_ptr() for gradient in gradients], dtype=np.int64)
         for call in calls.values():
             call.close()
             call.run(addresses, numbers)
-        self.calls, self.stepped, self.left = list(calls.values()), len(gradients), len(left)
+        self.calls, self.stepped, self.left = list(calls.values()), len(gradients), len(left) + len(others)
         return left
 
     def remember(self, groups: Sequence[Any], recipes: Sequence[Any], states: Any, policy: Any) -> None:
@@ -116,8 +123,8 @@ class Native:
     def look(self, item: Any, before: tuple[str, ...]) -> Found:
         key = key_for(item.recipe, item.codecs, item.layout, item.p.device, (item.p.dtype, item.grad.dtype), before)
         parts = [
-            Part(part.dtype.itemsize, 1 if part.dims is None else part.dims[-1][1])
-            for part in part_specs(item.codecs, item.layout).values()
+            Part(name, part.dtype.itemsize, 1 if part.dims is None else part.dims[-1][1])
+            for name, part in part_specs(item.codecs, item.layout).items()
         ]
         shape = shape_of(item.layout.geo, key, parts, item.p.element_size(), item.grad.element_size())
         return Found(key, cpu.load(key), shape, (item.layout, item.recipe))

@@ -13,8 +13,9 @@ P, G, STEP, KEY, GROUP, ROWS, COLS, ROW0, COL0, LD, TILE0, PARTS = range(12)
 
 
 class Part(NamedTuple):
-    """How a stored part of a slot is laid out: bytes of an entry, and how many columns share one."""
+    """A stored part of a slot: its name, bytes of an entry, and how many columns share one."""
 
+    name: str
     bytes: int
     columns: int
 
@@ -24,6 +25,7 @@ class Shape(NamedTuple):
 
     offsets: np.ndarray  # (spans, 11 + parts) int64
     tiles: int
+    names: tuple[str, ...]  # of the parts
 
 
 def shape_of(geo: Geometry, key: Key, parts: list[Part], p_bytes: int, g_bytes: int) -> Shape:
@@ -34,7 +36,7 @@ def shape_of(geo: Geometry, key: Key, parts: list[Part], p_bytes: int, g_bytes: 
     else:
         ld = geo.local[-1]
         pieces = [(rows, columns) for rows in row_runs(geo) for columns in column_runs(geo)]
-    offsets = np.zeros((len(pieces), PARTS + len(parts)), dtype=np.int64)
+    offsets = np.zeros((len(pieces), PARTS + max(1, len(parts))), dtype=np.int64)  # Span has one pointer at least
     tiles = 0
     for i, ((row, row0, n_rows), (col, col0, n_cols)) in enumerate(pieces):
         offsets[i, ROWS:PARTS] = (n_rows, n_cols, row0, col0, ld, tiles)
@@ -43,7 +45,7 @@ def shape_of(geo: Geometry, key: Key, parts: list[Part], p_bytes: int, g_bytes: 
         for j, part in enumerate(parts):
             offsets[i, PARTS + j] = (row * -(-ld // part.columns) + col // part.columns) * part.bytes
         tiles += n_rows * -(-n_cols // key.tile)
-    return Shape(offsets, tiles)
+    return Shape(offsets, tiles, tuple(part.name for part in parts))
 
 
 def row_runs(geo: Geometry) -> list[tuple[int, int, int]]:

@@ -1,0 +1,77 @@
+"""Stepping one case of the table twice, by the reference and by kernels, and comparing every bit."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import shardopt
+from shardopt.kernels import NoTwin, key_of
+from tests.table import DTYPES, Case, cover, gradients, weights
+
+GRADIENTS = {  # of these parameters: every pairing of dtypes meets
+    torch.float32: (torch.float32, torch.bfloat16, torch.float16),
+    torch.bfloat16: (torch.bfloat16, torch.float32, torch.float16),
+    torch.float16: (torch.float16, torch.float32, torch.bfloat16),
+}
+
+
+class Difference(NamedTuple):
+    """How far a tensor of the kernel is from the reference's: elements that differ, and by how much at most."""
+
+    name: str
+    elements: int
+    largest: float
+
+
+def native_cases() -> Iterator[tuple[Case, torch.dtype]]:
+    """Every case of the cover whose recipe has a twin, its parameters' and gradients' dtypes paired in turn.
+
+    update_from is "fresh": the parity option has no twin.
+    """
+    every = [*cover(), *cover(seed=7)[:100]]
+    for i, case in enumerate(dict.fromkeys(case._replace(source="fresh") for case in every)):
+        dtype = DTYPES[case.dtype]
+        gradient = GRADIENTS[dtype][i % 3]
+        try:
+            key_of(case.recipe(), tuple(case.recipe().codecs(case.shape, dtype).items()), dtype, gradient)
+        except NoTwin:
+            continue
+        yield case, gradient
+
+
+def optimizer_of(case: Case, dtype: torch.dtype, gradient: torch.dtype, **options: Any) -> Any:
+    """An optimizer over one parameter of the case, its gradient's dtype allowed to differ."""
+    p = nn.Parameter(weights(case.shape, dtype))
+    if gradient != dtype:
+        p.grad_dtype = gradient
+    recipe = case.recipe()
+    numbers = {name: value for name, value in case.group().items() if name in recipe.defaults()}
+    return shardopt.ShardedOptimizer([{"params": [p], **numbers}], recipe, **options)
+
+
+def stepped(case: Case, gradient: torch.dtype, fused: bool, steps: int = 5, **options: Any) -> dict[str, Tensor]:
+    """Parameter and state after some steps; with fused=True nothing but kernels may have run."""
+    opt = optimizer_of(case, DTYPES[case.dtype], gradient, fused=fused, **options)
+    (p,) = opt.param_groups[0]["params"]
+    for g in gradients(case.shape, steps):
+        p.grad = g.to(gradient)
+        opt.step()
+    if fused:
+        assert (opt.native.stepped, opt.native.left, len(opt.native.ran)) == (1, 0, 1)
+    return {"p": p.detach(), **opt.state[p]}
+
+
+def differences(reference: dict[str, Tensor], kernel: dict[str, Tensor]) -> list[Difference]:
+    """Every tensor that is not the same bit by bit; a NaN equals a NaN."""
+    assert reference.keys() == kernel.keys()
+    found = []
+    for name, x in reference.items():
+        y = kernel[name]
+        assert (x.dtype, x.shape) == (y.dtype, y.shape), name
+        x, y = x.double(), y.double()
+        unequal = (x != y) & ~(x.isnan() & y.isnan())
+        if unequal.any():
+            found.append(Difference(name, int(unequal.sum()), float((x - y)[unequal].abs().max())))
+    return found

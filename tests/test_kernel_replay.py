@@ -1,0 +1,157 @@
+"""The short way of a repeated step is taken, and is left at once when anything but gradients and numbers changes."""
+
+import pytest
+import torch
+from torch import nn
+
+import shardopt
+from shardopt.kernels.replay import Replay
+
+SHAPES = ((64, 64), (7, 15), (40,))
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Counts the steps that were taken the short way."""
+    counted = []
+    run = Replay.run
+
+    def counting(self, *given):
+        counted.append(run(self, *given))
+        return counted[-1]
+
+    monkeypatch.setattr(Replay, "run", counting)
+    return counted
+
+
+def pair(fused_state="int8", **options):
+    """The same parameters under kernels and under the reference."""
+    made = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+        made.append(shardopt.AdamW(params, lr=1e-2, state=fused_state, fused=fused, **options))
+    return made
+
+
+def step(opt, seed):
+    torch.manual_seed(seed)
+    for group in opt.param_groups:
+        for p in group["params"]:
+            p.grad = torch.randn(p.shape)
+    opt.step()
+
+
+def equal(a, b):
+    for (_, _, p), (_, _, q) in zip(a.parameters(), b.parameters()):
+        assert torch.equal(p, q) and a.state[p].keys() == b.state[q].keys()
+        assert all(torch.equal(x, y) for x, y in zip(a.state[p].values(), b.state[q].values()))
+
+
+def test_repeated_steps_take_it_and_follow_the_schedule(taken):
+    """Kills: a rate or a step count that stays what it was when the call was made; a fast path that never runs."""
+    a, b = pair()
+    for opt in (a, b):
+        for seed in range(6):
+            opt.param_groups[0]["lr"] = 1e-2 / (seed + 1)
+            step(opt, seed)
+    assert taken == [True] * 5 and a.calls == b.calls == 6
+    equal(a, b)
+
+
+def another_gradient(opt):
+    opt.param_groups[0]["params"][0].grad = None
+
+
+def strided(opt):
+    p = opt.param_groups[0]["params"][0]
+    p.grad = torch.randn(64, 64).t()
+
+
+def moved(opt):
+    p = opt.param_groups[0]["params"][1]
+    p.data = p.data.clone()
+
+
+def replaced_part(opt):
+    state = opt.state[opt.param_groups[0]["params"][0]]
+    state["exp_avg.sqrt8"] = state["exp_avg.sqrt8"].clone()
+
+
+def replaced_state(opt):
+    opt.load_state_dict(opt.state_dict())
+
+
+def rescaled(opt):
+    opt.grad_scale = torch.tensor(2.0)
+
+
+def skipping(opt):
+    opt.nonfinite = "zero"
+
+
+def upwards(opt):
+    opt.param_groups[0]["maximize"] = True
+
+
+def another_parameter(opt):
+    torch.manual_seed(9)
+    q = nn.Parameter(torch.randn(8, 8))
+    q.grad = torch.ones(8, 8)
+    opt.add_param_group({"params": [q], "lr": 0.3})
+
+
+def exchanged(opt):
+    old = opt.param_groups[0]["params"][2]
+    new = nn.Parameter(old.detach() + 1)
+    new.grad = torch.ones_like(new)
+    opt.param_groups[0]["params"][2] = new
+
+
+CHANGES = (
+    another_gradient, strided, moved, replaced_part, rescaled, skipping, upwards, another_parameter, exchanged,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_left_when_something_else_changes(taken, change):
+    """Kills: each of the comparisons; without it a stale address is written, or the wrong maths done."""
+    results = pair()
+    for opt in results:
+        step(opt, 0)
+        step(opt, 1)
+        torch.manual_seed(2)
+        for group in opt.param_groups:
+            for p in group["params"]:
+                p.grad = torch.randn(p.shape)
+        change(opt)
+        opt.step()
+        opt.grad_scale = None
+        step(opt, 3)
+    assert taken[:2] == [True, False] or change in (rescaled,)
+    equal(*results)
+
+
+def test_reloaded_state_is_what_steps(taken):
+    """In place or not: what load_state_dict brought is read by the next step. Kills: a call made for the old state."""
+    results = pair()
+    for opt in results:
+        step(opt, 0)
+        step(opt, 1)
+        saved = {k: v for k, v in opt.state_dict().items()}
+        saved = torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, saved)
+        step(opt, 2)
+        opt.load_state_dict(saved)
+        step(opt, 3)
+        step(opt, 4)
+    equal(*results)
+
+
+def test_asked_numbers_are_asked_in_every_step(taken):
+    """The global norm of the last step must not clip this one. Kills: replaying a recipe with a Total."""
+    results = pair(addons=["clip_by_global_norm"])
+    for opt in results:
+        for seed in range(3):
+            step(opt, seed)
+    assert not any(taken)
+    equal(*results)
