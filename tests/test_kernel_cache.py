@@ -181,3 +181,20 @@ def test_switched_off(folder):
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, check=True, capture_output=True, text=True)
     assert done.stdout.startswith("0 ") and "SHARDOPT_FUSED=0" in done.stdout
     assert not list(folder.glob("*.so"))
+
+
+def test_built_ahead_of_time_and_listed(folder):
+    """What `build` makes is what a step finds. Kills: a command line whose keys differ from the optimizer's."""
+
+    def told(*words):
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "shardopt.kernels", *words]
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+    assert told("build", "--rule", "lion", "--state", "fp32").returncode == 0
+    made = set(folder.glob("*.so"))
+    assert len(made) == 1 and one_step().native.stepped == 1 and set(folder.glob("*.so")) == made
+    listed = told().stdout
+    assert "lion/fp32/decay/nearest f32 <- f32" in listed and str(folder) in listed
+    refused = told("build", "--rule", "adafactor")
+    assert refused.returncode == 2 and "rule adafactor has no native twin" in refused.stderr

@@ -76,11 +76,18 @@ def key_of(
     cpp = f"Step<{memory}, {rule.cpp}, Slots<{', '.join(slots)}>, {', '.join(chains)}, {write}>"
     return Key(
         cpp,
-        f"{recipe.key()} {memory.replace(', ', ' <- ').lower()}{''.join(' ' + word for word in before)}",
+        words_of(recipe, codecs, memory, before),
         (rule, *stages["gradient"], *stages["direction"], *stages["decay"]),
         tuple(codec.block for _, codec in codecs if hasattr(codec, "block")),
         recipe.write.noisy(parameter) or any(codec.noisy for _, codec in codecs),
     )
+
+
+def words_of(recipe: Recipe, codecs: Codecs, memory: str, before: tuple[str, ...]) -> str:
+    """The recipe's key with the formats of this parameter: `adamw/sqrt8,root4/decay/nearest f32 <- bf16`."""
+    rule, _, *rest = recipe.key().split("/")
+    formats = ",".join(codec.describe() for _, codec in codecs) or "-"
+    return " ".join(["/".join([rule, formats, *rest]), memory.lower().replace(", ", " <- "), *before])
 
 
 def check_recipe(recipe: Recipe) -> None:
