@@ -27,7 +27,7 @@ def run(items: Sequence[Item], answers: Any, policy: Policy, native: Any = None)
     if taken is not None and taken.device.type == "cpu" and not taken:
         return taken
     alone, asking = [item for item in items if not asks(item)], [item for item in items if asks(item)]
-    for item in native.step(alone, asking, totals, policy) if native is not None else alone:
+    for item in native.step(alone, asking, totals, policy, masked(taken)) if native is not None else alone:
         for asked in step_of(item, policy, totals, taken):
             raise AssertionError(f"{item.recipe.key()} asks {asked}, but says that it asks nothing")
     alive: list[Iterator[None]] = []
@@ -39,6 +39,11 @@ def run(items: Sequence[Item], answers: Any, policy: Policy, native: Any = None)
     while alive:
         alive = advance(alive)
     return taken
+
+
+def masked(taken: Tensor | None) -> Tensor | None:
+    """The flag, where only the device knows it."""
+    return taken if taken is not None and taken.device.type != "cpu" else None
 
 
 def advance(alive: list[Iterator[None]]) -> list[Iterator[None]]:
@@ -204,8 +209,8 @@ def commit(changes: Sequence[tuple[Tensor, Tensor]], taken: Tensor | None) -> No
     """Write all of one parameter; on an accelerator masked by the flag, which nobody reads."""
     for target, content in changes:
         content = content.to(target.dtype)
-        if taken is not None and taken.device.type != "cpu":
-            content = torch.where(taken.to(target.device), content, target)
+        if (flag := masked(taken)) is not None:
+            content = torch.where(flag.to(target.device), content, target)
         target.copy_(content)
 
 

@@ -95,6 +95,8 @@ def backend(opt: Any, recipe: Any, codecs: Any, layout: Any, p: Tensor) -> str:
     dtypes = p.dtype, p.dtype if p.grad is None else p.grad.dtype
     try:
         key_for(recipe, codecs, layout, p.device, dtypes)
+        if p.device.type == "cuda":
+            return "a kernel by NVRTC" if opt.native.required else "the reference (fused=True chooses kernels on GPUs)"
         return f"a kernel by {compiler()[1]}"
     except (NoTwin, NoCompiler) as why:
         return f"the reference ({why})"

@@ -104,6 +104,23 @@ def test_options_of_the_step():
     assert differences(run(False), run(True)) == []
 
 
+def test_groups_of_one_kernel_have_their_own_numbers():
+    """Two limits of the norm, one C++ type. Kills: the numbers of an add-on taken from another group's recipe."""
+
+    def run(fused):
+        torch.manual_seed(4)
+        params = [nn.Parameter(torch.randn(64, 64)) for _ in range(2)]
+        groups = [{"params": [p], "addons": [addons.ClipByGlobalNorm(max_norm=n)]} for p, n in zip(params, (0.1, 9.0))]
+        opt = shardopt.SGD(groups, lr=0.1, fused=fused)
+        for p in params:
+            p.grad = torch.randn(64, 64)
+        opt.step()
+        assert not fused or len(opt.native.ran) == 1
+        return {str(i): p.detach() for i, p in enumerate(params)}
+
+    assert differences(run(False), run(True)) == []
+
+
 def test_grad_scaler_and_skipped_steps():
     """Kills: a scale that is not divided out, a kernel that runs in a skipped step."""
 

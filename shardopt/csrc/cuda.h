@@ -14,13 +14,10 @@ struct Warp {
   template <int WIDTH, class At, class Op>
   __device__ __forceinline__ void meet(At&& at, Op op) {
     u32& x = at(member);
-#if __CUDA_ARCH__ >= 800
-    if constexpr (WIDTH == 32) {
+    if constexpr (WIDTH == 32 && __CUDA_ARCH__ >= 800)
       x = all(x, op);
-      return;
-    }
-#endif
-    UNROLL for (int offset = WIDTH / 2; offset; offset /= 2) x = Op::of(x, __shfl_xor_sync(~0u, x, offset));
+    else
+      UNROLL for (int offset = WIDTH / 2; offset; offset /= 2) x = Op::of(x, __shfl_xor_sync(~0u, x, offset));
   }
 #if __CUDA_ARCH__ >= 800
   __device__ static u32 all(u32 x, Larger) { return __reduce_max_sync(~0u, x); }
@@ -46,13 +43,15 @@ struct Cta {
 
 }  // namespace shardopt
 
-#define SHARDOPT_CUDA(KEY)                                                                                          \
-  extern "C" __global__ void __launch_bounds__(256) shardopt_step(const __grid_constant__ shardopt::Packed launch) { \
-    __shared__ shardopt::Known<KEY> known;                                                                           \
-    shardopt::Cta<KEY> cta{known};                                                                                   \
-    shardopt::step<KEY>(cta, launch, blockIdx.x);                                                                    \
-  }                                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(256)                                                                  \
-      shardopt_advance(const __grid_constant__ shardopt::Counters launch) {                                         \
-    shardopt::advance(launch, (long long)blockIdx.x * 256 + threadIdx.x);                                            \
+// SHARDOPT_CTAS: how many CTAs of 256 threads a processor must hold; chosen by shardopt/kernels/cuda.py.
+#define SHARDOPT_CUDA(KEY)                                                                     \
+  extern "C" __global__ void __launch_bounds__(256, SHARDOPT_CTAS)                             \
+      shardopt_step(const __grid_constant__ shardopt::Packed launch) {                         \
+    __shared__ shardopt::Known<KEY> known;                                                     \
+    shardopt::Cta<KEY> cta{known};                                                             \
+    shardopt::step<KEY>(cta, launch, blockIdx.x);                                              \
+  }                                                                                            \
+  extern "C" __global__ void __launch_bounds__(256)                                            \
+      shardopt_advance(const __grid_constant__ shardopt::Counters launch) {                    \
+    shardopt::advance(launch, (long long)blockIdx.x * 256 + threadIdx.x);                      \
   }

@@ -1,12 +1,22 @@
 // The GPU's kernels on a CPU: 32 members a warp, every phase looped over the lanes; for tests without a GPU.
 #pragma once
 #define SHARDOPT_REGISTERS
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
+
+inline long long misaligned = 0;  // moves that would be an error on a GPU
+
+template <int BYTES>
+struct alignas(BYTES) Moved {
+  char bytes[BYTES];
+  void operator=(const Moved& from) {
+    unsigned long long addresses = (unsigned long long)this | (unsigned long long)&from;
+    asm("" : "+r"(addresses));  // the compiler may not conclude from the type that they are aligned
+    misaligned += addresses % BYTES != 0;
+    __builtin_memcpy(bytes, (const char*)&from, BYTES);
+  }
 };
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
+using uint4 = Moved<16>;
+using uint2 = Moved<8>;
+using uint1 = Moved<4>;
 #include "warp.h"
 
 namespace shardopt {
@@ -47,14 +57,15 @@ struct EmulatedCta {
 }  // namespace shardopt
 
 // What a driver does with a launch: the packed parameter, for every CTA; the last first, since none may wait for one.
-#define SHARDOPT_EMULATED(KEY)                                                        \
-  extern "C" void shardopt_step(const void* launch, long long ctas) {                 \
-    while (ctas-- > 0) {                                                              \
-      shardopt::EmulatedCta<KEY> cta;                                                 \
-      shardopt::step<KEY>(cta, *(const shardopt::Packed*)launch, ctas);               \
-    }                                                                                 \
-  }                                                                                   \
-  extern "C" void shardopt_advance(const void* launch, long long ctas) {              \
-    for (long long i = 0; i < ctas * 256; i++)                                        \
-      shardopt::advance(*(const shardopt::Counters*)launch, i);                       \
-  }
+#define SHARDOPT_EMULATED(KEY)                                                                 \
+  extern "C" void shardopt_step(const void* launch, long long ctas) {                          \
+    while (ctas-- > 0) {                                                                       \
+      shardopt::EmulatedCta<KEY> cta;                                                          \
+      shardopt::step<KEY>(cta, *(const shardopt::Packed*)launch, ctas);                        \
+    }                                                                                          \
+  }                                                                                            \
+  extern "C" void shardopt_advance(const void* launch, long long ctas) {                       \
+    for (long long i = 0; i < ctas * 256; i++)                                                 \
+      shardopt::advance(*(const shardopt::Counters*)launch, i);                                \
+  }                                                                                            \
+  extern "C" long long shardopt_misaligned() { return misaligned; }

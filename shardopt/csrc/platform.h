@@ -7,7 +7,7 @@
 #define UNROLL _Pragma("unroll")
 #define IVDEP UNROLL
 #define SHARDOPT_REGISTERS  // see tile.h
-#define CONSTANTS constexpr float
+#define CONSTANTS static const float  // global memory, which L1 caches
 #else
 #include <math.h>
 #define HD inline __attribute__((always_inline))
@@ -42,13 +42,15 @@ HD float rsqrt_near(float x) {  // within 2 ulp
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// IEEE's square root of x >= 0 without a branch: the compiler's own leaves its fast path for a call.
-HD float root(float x) {
-  bool tiny = x < 0x1p-100f;  // then the remainder below would underflow
-  float s = tiny ? x * 0x1p64f : x;
-  float y = rsqrt_near(fmaxf(s, 0x1p-100f)), g = s * y;
-  g = __fmaf_rn(__fmaf_rn(-g, g, s), y * 0.5f, g);
-  return bits(x) == inf_bits ? x : tiny ? g * 0x1p-32f : g;
+// IEEE's square root of 0 and of 2^-100 <= x < inf, as the compiler's fast path computes it, without its branch.
+HD float root_of_normal(float x) {
+  float y = rsqrt_near(fmaxf(x, 0x1p-100f)), g = x * y;
+  return __fmaf_rn(__fmaf_rn(-g, g, x), y * 0.5f, g);
+}
+HD float root(float x) {  // of any x >= 0: the remainder of a tiny one would underflow
+  bool tiny = x < 0x1p-100f;
+  float r = root_of_normal(tiny ? x * 0x1p64f : x);
+  return bits(x) == inf_bits ? x : tiny ? r * 0x1p-32f : r;
 }
 HD float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 HD double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
@@ -64,7 +66,11 @@ HD float size(float x) { return fabsf(x); }
 HD double size(double x) { return fabs(x); }
 HD double bits_to_double(u64 x) { return __longlong_as_double((i64)x); }
 #ifdef SHARDOPT_FAST
-HD float over(float a, float b) { return __fdividef(a, b); }  // within 2 ulp
+HD float over(float a, float b) {  // within 2 ulp for normal b and 1 / b, which root(v) + eps always has
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(b));
+  return a * y;
+}
 #else
 HD float over(float a, float b) { return a / b; }
 #endif
@@ -86,6 +92,7 @@ HD double bits_to_double(u64 x) {
   return y;
 }
 HD float root(float x) { return __builtin_sqrtf(x); }
+HD float root_of_normal(float x) { return root(x); }
 HD float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 HD double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
 HD float floor_of(float x) { return __builtin_floorf(x); }

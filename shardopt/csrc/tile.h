@@ -4,49 +4,49 @@
 #pragma once
 #include "step.h"
 
-// A loop over `count` things of which the first n count, all of them where FULL. In registers it is unrolled and
-// guarded, since registers have no addresses; in memory it ends at n and is vectorised.
-#ifdef SHARDOPT_REGISTERS
-#define ELEMENTS UNROLL
-#define EVERY(i, count, full, n) UNROLL for (int i = 0; i < (count); i++) if ((full) || i < (n))
-#else
-#define ELEMENTS IVDEP
-#define EVERY(i, count, full, n) IVDEP for (int i = 0; i < ((full) ? (count) : (n)); i++)
-#endif
-
 namespace shardopt {
 
-// E elements of memory: in place on a CPU; in registers on a GPU, moved 16 bytes at a time where they are aligned.
-template <class T, int E, bool FULL>
+// In memory, a loop over elements ends at the last one and is vectorised. In registers, which have no addresses, it is
+// unrolled: all E are worked out, and only those that exist are loaded, stored and counted.
+#ifdef SHARDOPT_REGISTERS
+#define ELEMENTS UNROLL
+constexpr bool in_registers = true;
+#else
+#define ELEMENTS IVDEP
+constexpr bool in_registers = false;
+#endif
+
+// E elements of memory: in place on a CPU; in registers on a GPU, moved 16 bytes at a time where all n == E exist and
+// are aligned (`wide`).
+template <class T, int E>
 struct Window {
 #ifdef SHARDOPT_REGISTERS
   alignas(16) T x[E];
-  HD void load(const T* from, int n) {
-    if constexpr (FULL) {
+  HD void load(const T* from, int n, bool wide) {
+    if (wide)
       copy(x, from);
-    } else {
+    else
       UNROLL for (int i = 0; i < E; i++) x[i] = i < n ? from[i] : T(0);
-    }
   }
-  HD void store(T* to, int n) {
-    if constexpr (FULL) {
+  HD void store(T* to, int n, bool wide) {
+    if (wide)
       copy(to, x);
-    } else {
-      EVERY(i, E, FULL, n) to[i] = x[i];
-    }
+    else
+      UNROLL for (int i = 0; i < E; i++)
+        if (i < n) to[i] = x[i];
   }
   HD static void copy(T* to, const T* from) {
     constexpr int bytes = E * sizeof(T), piece = bytes >= 16 ? 16 : bytes;
     UNROLL for (int i = 0; i < bytes / piece; i++) {
       if constexpr (piece == 16) ((uint4*)to)[i] = ((const uint4*)from)[i];
       if constexpr (piece == 8) ((uint2*)to)[i] = ((const uint2*)from)[i];
-      if constexpr (piece == 4) ((u32*)to)[i] = ((const u32*)from)[i];
+      if constexpr (piece == 4) ((uint1*)to)[i] = ((const uint1*)from)[i];
     }
   }
 #else
   T* x;
-  HD void load(const T* from, int) { x = const_cast<T*>(from); }
-  HD void store(T*, int) {}
+  HD void load(const T* from, int, bool) { x = const_cast<T*>(from); }
+  HD void store(T*, int, bool) {}
 #endif
   HD T& operator[](int i) { return x[i]; }
 };
@@ -54,22 +54,21 @@ struct Window {
 // Codes of E elements; two of a byte are taken apart before the loop and put together after it.
 template <class C, int E, bool FULL>
 struct Codes {
+  static constexpr bool all = FULL || in_registers;
   using T = typename C::Code;
-  Window<T, E / C::packed, FULL> bytes;
+  Window<T, E / C::packed> bytes;
   u8 apart[C::packed == 2 ? E : 1];
-  HD void load(const T* from, int n) {
-    bytes.load(from, C::packed == 2 ? (n + 1) / 2 : n);
+  HD void load(const T* from, int n, bool wide) {
+    bytes.load(from, C::packed == 2 ? (n + 1) / 2 : n, wide);
     if constexpr (C::packed == 2) {
-      EVERY(i, E / 2, FULL, (n + 1) / 2) {
+      ELEMENTS for (int i = 0; i < (all ? E : n + 1) / 2; i++) {
         apart[2 * i] = bytes[i] & 15;
         apart[2 * i + 1] = bytes[i] >> 4;
       }
     }
   }
   HD void begin(T* to) {
-#ifndef SHARDOPT_REGISTERS
-    bytes.load(to, E);
-#endif
+    if constexpr (!in_registers) bytes.load(to, E, true);
   }
   HD auto get(int i) {
     if constexpr (C::packed == 2) {
@@ -86,14 +85,14 @@ struct Codes {
       bytes[i] = (T)code;
     }
   }
-  HD void store(T* to, int n) {
+  HD void store(T* to, int n, bool wide) {
     if constexpr (C::packed == 2) {
-      EVERY(i, E / 2, FULL, (n + 1) / 2) {
+      ELEMENTS for (int i = 0; i < (all ? E : n + 1) / 2; i++) {
         u8 high = !FULL && 2 * i + 1 == n ? (u8)C::zero : apart[2 * i + 1];
         bytes[i] = (u8)(apart[2 * i] | (high << 4));
       }
     }
-    bytes.store(to, C::packed == 2 ? (n + 1) / 2 : n);
+    bytes.store(to, C::packed == 2 ? (n + 1) / 2 : n, wide);
   }
 };
 
@@ -127,25 +126,21 @@ struct Member {
     ELEMENTS for (int c = 0; c < chunks; c++) {
       int first = (c * LANES + lane) * E, count = n - first;
       each<slots>([&](auto i) { most[decltype(i)::value][c] = 0, fewest[decltype(i)::value][c] = inf_bits; });
-      if (count >= E && aligned)
-        chunk<true>(s, h, noise, row, column + first, E, c);
-      else if (count > 0)
-        chunk<false>(s, h, noise, row, column + first, count < E ? count : E, c);
+      if (count <= 0) continue;
+      if (!in_registers && count >= E)
+        chunk<true>(s, h, noise, row, column + first, E, c, true);
+      else
+        chunk<false>(s, h, noise, row, column + first, count < E ? count : E, c, aligned && count >= E);
     }
   }
 
-  template <int I, bool FULL>
-  struct Stored {  // one slot during `chunk`
-    Codes<C<I>, E, FULL> codes;
-    static constexpr bool blocked = C<I>::block > 0;
-  };
   template <bool FULL, int... I>
   HD void chunk_of(const Span& s, const typename K::Scalars& scalars, const typename K::RowNoise& noise, i64 row,
-                   i64 column, int n, int c, Seq<I...>);
+                   i64 column, int n, int c, bool wide, Seq<I...>);
   template <bool FULL>
   HD void chunk(const Span& s, const typename K::Scalars& h, const typename K::RowNoise& noise, i64 row, i64 column,
-                int n, int c) {
-    chunk_of<FULL>(s, h, noise, row, column, n, c, typename Count<slots>::type{});
+                int n, int c, bool wide) {
+    chunk_of<FULL>(s, h, noise, row, column, n, c, wide, typename Count<slots>::type{});
   }
 
   // Encode what was kept; the extremes are the blocks' now. The member that holds a block's first element stores
@@ -199,22 +194,24 @@ HD T& pick(Leaf<I, T>& leaf) {
 template <class K, int E, int LANES>
 template <bool FULL, int... I>
 HD void Member<K, E, LANES>::chunk_of(const Span& s, const typename K::Scalars& scalars,
-                                      const typename K::RowNoise& noise, i64 row, i64 column, int n, int c, Seq<I...>) {
+                                      const typename K::RowNoise& noise, i64 row, i64 column, int n, int c, bool wide,
+                                      Seq<I...>) {
   using P = typename K::P;
   using G = typename K::G;
   const auto h = scalars;  // a copy whose address nobody has: it stays in registers
   const auto draw = noise;
   auto* to = (typename P::T*)s.p + row * s.ld + column;
-  Window<typename P::T, E, FULL> p;
-  Window<typename G::T, E, FULL> g;
+  constexpr bool all = FULL || in_registers;
+  Window<typename P::T, E> p;
+  Window<typename G::T, E> g;
   Leaves<Seq<I...>, Codes<C<I>, E, FULL>...> codes;
   Leaves<Seq<I...>, Opened<C<I>, (C<I>::block > 0)>...> opened;
-  p.load(to, n);
-  g.load((const typename G::T*)s.g + row * s.ld + column, n);
+  p.load(to, n, wide);
+  g.load((const typename G::T*)s.g + row * s.ld + column, n, wide);
   each(
       [&](auto i) {
         constexpr int S = decltype(i)::value;
-        pick<S>(codes).load(codes_at<S>(s, row, column), n);
+        pick<S>(codes).load(codes_at<S>(s, row, column), n, wide);
         if constexpr (C<S>::block > 0)
           pick<S>(opened) = Opened<C<S>, true>::at(number_at<S>(s, row, column, 0),
                                                    number_at<S>(s, row, column, C<S>::numbers - 1));
@@ -223,7 +220,7 @@ HD void Member<K, E, LANES>::chunk_of(const Span& s, const typename K::Scalars& 
   const u32 first = (u32)(s.col0 + column);
   u32 high[slots + 1] = {}, low[slots + 1];
   ((low[I] = inf_bits), ...);
-  EVERY(e, E, FULL, n) {
+  ELEMENTS for (int e = 0; e < (all ? E : n); e++) {
     float x = P::load(p[e]), old[slots + 1], fresh[slots + 1];
     ((old[I] = pick<I>(opened).decode(pick<I>(codes).get(e))), ...);
     float d = K::Gradient::template apply<false>(x, G::load(g[e]), 0, h.gradient);
@@ -237,8 +234,10 @@ HD void Member<K, E, LANES>::chunk_of(const Span& s, const typename K::Scalars& 
           constexpr int S = decltype(i)::value;
           if constexpr (C<S>::block > 0) {
             u32 magnitude = bits(fresh[S]) & 0x7fffffffu;
-            high[S] = larger(high[S], magnitude);
-            if constexpr (C<S>::least) low[S] = smaller(low[S], fresh[S] > 0 ? magnitude : inf_bits);
+            if (!in_registers || e < n) {
+              high[S] = larger(high[S], magnitude);
+              if constexpr (C<S>::least) low[S] = smaller(low[S], fresh[S] > 0 ? magnitude : inf_bits);
+            }
             kept[S][c][e] = C<S>::prepare(fresh[S]);
           } else {
             u32 drawn = C<S>::stream != 0 ? noise_at(draw.key[S + 1], first + e) : 0;
@@ -247,14 +246,14 @@ HD void Member<K, E, LANES>::chunk_of(const Span& s, const typename K::Scalars& 
         },
         Seq<I...>{});
   }
-  p.store(to, n);
+  p.store(to, n, wide);
   each(
       [&](auto i) {
         constexpr int S = decltype(i)::value;
         if constexpr (C<S>::block > 0)
           most[S][c] = high[S], fewest[S][c] = low[S];
         else
-          pick<S>(codes).store(codes_at<S>(s, row, column), n);
+          pick<S>(codes).store(codes_at<S>(s, row, column), n, wide);
       },
       Seq<I...>{});
 }
@@ -276,18 +275,19 @@ HD void Member<K, E, LANES>::finish_slot(const Span& s, const typename K::RowNoi
       });
     auto* to = codes_at<I>(s, row, column + first);
     const u32 global = (u32)(s.col0 + column + first);
+    const bool wide = aligned && count == E;
     auto put = [&](auto full) {
       constexpr bool FULL = decltype(full)::value;
       Codes<C<I>, E, FULL> codes;
       codes.begin(to);
       const auto e = encoder;
-      EVERY(i, E, FULL, count) {
+      ELEMENTS for (int i = 0; i < (FULL || in_registers ? E : count); i++) {
         u32 drawn = C<I>::stream != 0 ? noise_at(key, global + i) : 0;
         codes.put(i, C<I>::encode(kept[I][c][i], e, drawn));
       }
-      codes.store(to, count);
+      codes.store(to, count, wide);
     };
-    if (count == E && aligned)
+    if (!in_registers && count == E)
       put(Index<1>{});
     else
       put(Index<0>{});

@@ -8,7 +8,7 @@
 
 namespace shardopt {
 
-constexpr int warps = 8, room = 4089;  // warps of a CTA; words of a launch after its head: 32,764 bytes in all
+constexpr int warps = 8, room = 4089;  // warps of a CTA; words of a launch after its head: 32,760 bytes in all
 
 // Everything that a launch is told, as its one parameter; made by shardopt/kernels/launcher.py. `words` holds the
 // numbers of every group, as many pointers to doubles on the device where `pointers` says so (one that is not null
@@ -109,13 +109,13 @@ HD void agree(Team& team) {
   });
 }
 
-// Tiles first..last-1 of one span, by one warp.
+// `left` tiles of one span, from its tile `first` on, by one warp.
 template <class K, class Team>
-HD void run(Team& team, const typename K::Span& s, const Known<K>& known, i64 first, i64 last) {
+HD void run(Team& team, const typename K::Span& s, const Known<K>& known, i64 first, int left) {
   const i64 across = (s.cols + K::tile - 1) / K::tile;
   i64 row = first / across, column = first % across * K::tile;
   auto drawn = K::row_noise(known.noise, s.row0 + row);
-  for (; first < last; first++) {
+  for (; left > 0; left--) {
     int n = (int)(s.cols - column < K::tile ? s.cols - column : K::tile);
     team.lanes([&](auto& m, int lane) { m.forward(s, known.scalars, drawn, row, column, n, lane, known.aligned); });
     agree<K>(team);
@@ -141,10 +141,10 @@ HD void step(Cta& cta, const Packed& a, i64 block) {
     i64 end = s.tile0 + s.rows * ((s.cols + K::tile - 1) / K::tile), stop = end < last ? end : last;
     if (tile >= stop) continue;
     cta.once([&] { cta.known = know<K>(a, s); });
-    const i64 share = (stop - tile + warps - 1) / warps;
+    const int all = (int)(stop - tile), share = (all + warps - 1) / warps;
     cta.warps([&](int warp, auto& team) {
-      i64 mine = tile + warp * share, next = mine + share < stop ? mine + share : stop;
-      if (mine < next) run<K>(team, s, cta.known, mine - s.tile0, next - s.tile0);
+      int mine = warp * share, left = all - mine < share ? all - mine : share;
+      run<K>(team, s, cta.known, tile - s.tile0 + mine, left);
     });
     tile = stop;
   }

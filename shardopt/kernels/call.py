@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from shardopt.kernels.key import Key
 from shardopt.kernels.spans import GROUP, KEY, PARTS, STEP, TILE0, G, P, Shape
@@ -18,18 +18,18 @@ class Call:
     members: which of the step's items these are. The pointers of parameters and states are as they were when added.
     """
 
-    def __init__(self, key: Key, function: Any) -> None:
-        self.key, self.function = key, function
+    def __init__(self, cpp: str, function: Any) -> None:
+        self.cpp, self.function = cpp, function
         self.rows: list[np.ndarray] = []
-        self.groups: list[Mapping[str, Any]] = []
+        self.groups: list[tuple[Key, Mapping[str, Any]]] = []  # the key knows where the group's numbers come from
         self.steps: list[int] = []
         self.members: list[int] = []
         self.tiles = 0
 
-    def add(self, item: Any, shape: Shape, member: int) -> None:
+    def add(self, item: Any, key: Key, shape: Shape, member: int) -> None:
         """Take one more parameter, the `member`-th of the step's items."""
-        if not self.groups or self.groups[-1] is not item.group:
-            self.groups.append(item.group)
+        if not self.groups or self.groups[-1][0] is not key or self.groups[-1][1] is not item.group:
+            self.groups.append((key, item.group))
         step = item.state[STEP_NAME].data_ptr()
         rows = shape.offsets.copy()
         rows[:, P] += item.p.data_ptr()
@@ -51,13 +51,9 @@ class Call:
         self.inside = self.spans[:, G].copy()  # bytes from a gradient's first element to the span's
         self.counters = np.array(self.steps, dtype=np.int64)
 
-    def run(self, gradients: np.ndarray, totals: Mapping[str, Any]) -> None:
-        """gradients: pointers of all items' gradients, int64. totals: what was asked of all parameters, by add-on."""
-        if not len(self.spans):
-            gradients = np.zeros(1, dtype=np.int64)
+    def run(self, gradients: np.ndarray, totals: Mapping[str, Any], taken: Tensor | None = None) -> None:
+        """gradients: pointers of all items' gradients, int64. totals: what was asked of all parameters, by add-on.
+        taken: 0-d bool on the device, False: nothing is written."""
         self.spans[:, G] = gradients[self.owner] + self.inside
-        numbers = np.array([self.key.numbers(group, totals) for group in self.groups], dtype=np.float64)
-        self.function(
-            self.spans.ctypes.data, len(self.spans), self.tiles, numbers.ctypes.data, numbers.shape[1],
-            self.counters.ctypes.data, len(self.counters), torch.get_num_threads(),
-        )  # fmt: skip
+        numbers = [key.numbers(group, totals) for key, group in self.groups]
+        self.function(self.spans, self.tiles, numbers, self.counters, taken)

@@ -14,6 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from shardopt.kernels.cache import CSRC, Entry, ensure, name_of
 from shardopt.kernels.key import Key
 
@@ -59,22 +62,25 @@ def options() -> list[str]:
     return [*OPTIONS, native, *wide]
 
 
-def entry_of(key: Key) -> Entry:
-    return Entry(name_of("cpu", key.source("cpu"), compiler()[1], " ".join(options()), machine()), ".so")
+def entry_of(key: Key, backend: str = "cpu") -> Entry:
+    return Entry(name_of("cpu", key.source(backend), compiler()[1], " ".join(options()), machine()), ".so")
 
 
-def build(keys: Sequence[Key]) -> None:
-    """Compile these keys side by side and put them into the cache. NoCompiler with its words where it refuses."""
+def build(keys: Sequence[Key], backend: str = "cpu") -> None:
+    """Compile these keys side by side and put them into the cache. NoCompiler with its words where it refuses.
+
+    backend: "cpu", or "emulated", the GPU's kernels on a CPU, for tests.
+    """
     with tempfile.TemporaryDirectory(prefix="shardopt-build-") as folder:
         jobs = []
         for i, key in enumerate(keys):
-            (Path(folder) / f"{i}.cpp").write_text(key.source("cpu"))
+            (Path(folder) / f"{i}.cpp").write_text(key.source(backend))
             jobs.append((key, [compiler()[0], *options(), f"-I{CSRC}", f"{i}.cpp", "-o", f"{i}.so"]))
         began = time.perf_counter()
         run(folder, [[*command, "-fopenmp"] for _, command in jobs])
         seconds = (time.perf_counter() - began) / len(jobs)
         for i, (key, command) in enumerate(jobs):
-            entry_of(key).write(
+            entry_of(key, backend).write(
                 (Path(folder) / f"{i}.so").read_bytes(),
                 key=key.words,
                 cpp=key.cpp,
@@ -97,21 +103,53 @@ def run(folder: str, commands: list[list[str]]) -> None:
             raise NoCompiler(f"{command[0]} failed: {(done.stderr or done.stdout).strip()[:2000]}")
 
 
+def prepare(keys: Sequence[Key]) -> None:
+    """Compile what is missing of several keys side by side, before each is loaded."""
+    entries = {key.cpp: entry_of(key) for key in keys}
+    ensure(
+        entries, lambda missing: build([key for key in {key.cpp: key for key in keys}.values() if key.cpp in missing])
+    )
+
+
 @cache
-def load(key: Key) -> Any:
-    """The native step of a key, compiled if it has to be."""
-    entry = entry_of(key)
-    ensure({key.cpp: entry}, lambda missing: build([key]))
+def library(key: Key, backend: str = "cpu") -> ctypes.CDLL:
+    """The shared library of a key, compiled if it has to be."""
+    entry = entry_of(key, backend)
+    ensure({key.cpp: entry}, lambda missing: build([key], backend))
     if entry.read() is None:
         raise NoCompiler(f"the compiled kernel {entry.path} cannot be read back")
     try:
-        step = ctypes.CDLL(str(entry.path)).shardopt_step
-    except (OSError, AttributeError) as error:
+        return ctypes.CDLL(str(entry.path))
+    except OSError as error:
         raise NoCompiler(f"the compiled kernel {entry.path} cannot be loaded: {error}") from None
-    pointer, number = ctypes.c_void_p, ctypes.c_longlong
-    step.argtypes = [pointer, number, number, pointer, number, pointer, number, ctypes.c_int]
-    step.restype = None
-    return step
+
+
+@cache
+def load(key: Key) -> "Stepper":
+    """The native step of a key, compiled if it has to be. NoCompiler where it cannot."""
+    return Stepper(library(key).shardopt_step)
+
+
+class Stepper:
+    """Calls a native step; the same interface as `launcher.Launcher`."""
+
+    def __init__(self, step: Any) -> None:
+        pointer, number = ctypes.c_void_p, ctypes.c_longlong
+        step.argtypes = [pointer, number, number, pointer, number, pointer, number, ctypes.c_int]
+        step.restype = None
+        self.step = step
+
+    def __call__(
+        self, spans: np.ndarray, tiles: int, numbers: Sequence[Any], counters: np.ndarray, taken: Any = None
+    ) -> None:
+        """Step everything, with torch's number of threads. taken: a flag of another device is read (offloading)."""
+        if taken is not None and not bool(taken):
+            return
+        values = np.array([[float(x) for x in row] for row in numbers], dtype=np.float64)
+        self.step(
+            spans.ctypes.data, len(spans), tiles, values.ctypes.data, values.shape[1],
+            counters.ctypes.data, len(counters), torch.get_num_threads(),
+        )  # fmt: skip
 
 
 def built(key: Key) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class Key:
         """Elements of a row that one team steps at a time."""
         return max((256, *self.blocks))
 
-    def numbers(self, group: Mapping[str, Any], totals: Mapping[str, Any]) -> list[float]:
+    def numbers(self, group: Mapping[str, Any], totals: Mapping[str, Any]) -> list[Any]:
         return [x for twin in self.twins for x in twin.numbers(group, totals)]
 
     def source(self, backend: str) -> str:
@@ -44,8 +44,8 @@ class Key:
         )
 
 
-def unscaled(group: Any, totals: Any) -> list[float]:
-    return [float(totals["grad_scale"])]
+def unscaled(group: Any, totals: Any) -> list[Any]:
+    return [totals["grad_scale"]]
 
 
 @lru_cache(maxsize=4096)

@@ -3,13 +3,14 @@
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shardopt.kernels import cpu
+from shardopt.kernels import cpu, cuda
 from shardopt.kernels.call import Call
 from shardopt.kernels.key import Key, check_recipe, key_of
 from shardopt.kernels.replay import Replay, facts_of
@@ -19,15 +20,15 @@ from shardopt.state import part_specs
 
 OFF = os.environ.get("SHARDOPT_FUSED") == "0"  # for machines whose compiler must not be used
 SAID: set[str] = set()
+WIDEST_GPU = 2048  # elements of a block: 211 registers
 
 
 class Found(NamedTuple):
-    """What one parameter runs with. kept: objects whose ids are the key of the cache."""
+    """What one parameter runs with."""
 
     key: Key
     step: Any
     shape: Shape
-    kept: Any
 
 
 class Native:
@@ -42,7 +43,7 @@ class Native:
         self.calls: list[Call] = []
         self.stepped = self.left = 0
         self.replay: Replay | None = None
-        self.found: dict[Any, Found | str] = {}
+        self.found: dict[Any, tuple[Found | str, Any]] = {}
 
     @classmethod
     def chosen(cls, fused: bool | None) -> "Native | None":
@@ -57,21 +58,30 @@ class Native:
             if self.required:
                 raise ValueError(refusal({str(why): None})) from None
 
-    def step(self, items: Sequence[Any], others: Sequence[Any], totals: Mapping[str, Tensor], policy: Any) -> list[Any]:
+    def step(
+        self,
+        items: Sequence[Any],
+        others: Sequence[Any],
+        totals: Mapping[str, Tensor],
+        policy: Any,
+        taken: Tensor | None = None,
+    ) -> list[Any]:
         """Step what has a kernel; returns the items that have none, in order. others: those that ask, for which there
-        are no kernels. ValueError, before anything is written, where kernels are required."""
+        are no kernels; taken: 0-d bool on the device, False: nothing is written. ValueError, before anything is
+        written, where kernels are required."""
         before = prologue(policy)
         calls: dict[str, Call] = {}
         left: list[Any] = []
         gradients: list[Tensor] = []
+        self.prepare(items, before)
         for item in items:
             found = self.find(item, before)
             if isinstance(found, str):
                 left.append(item)
                 continue
             if found.key.cpp not in calls:
-                calls[found.key.cpp] = Call(found.key, found.step)
-            calls[found.key.cpp].add(item, found.shape, len(gradients))
+                calls[found.key.cpp] = Call(found.key.cpp, found.step)
+            calls[found.key.cpp].add(item, found.key, found.shape, len(gradients))
             gradients.append(item.grad.contiguous())
         if self.required and (left or others):
             raise ValueError(refusal(dict.fromkeys(str(self.find(item, before)) for item in (*left, *others))))
@@ -79,7 +89,7 @@ class Native:
         addresses = np.array([gradient.data_ptr() for gradient in gradients], dtype=np.int64)
         for call in calls.values():
             call.close()
-            call.run(addresses, numbers)
+            call.run(addresses, numbers, taken)
         self.calls, self.stepped, self.left = list(calls.values()), len(gradients), len(left) + len(others)
         return left
 
@@ -99,15 +109,29 @@ class Native:
     @property
     def ran(self) -> list[str]:
         """The C++ types of the last step's kernels."""
-        return [call.key.cpp for call in self.calls]
+        return [call.cpp for call in self.calls]
+
+    def prepare(self, items: Sequence[Any], before: tuple[str, ...]) -> None:
+        """Compile for all parameters that are met for the first time side by side; `find` reports what fails."""
+        keys = []
+        for item in items:
+            if self.place(item, before) not in self.found and item.p.device.type == "cpu":
+                with suppress(NoTwin):
+                    keys.append(key_of_item(item, before))
+        if len(set(keys)) > 1:
+            with suppress(cpu.NoCompiler):
+                cpu.prepare(keys)
+
+    def place(self, item: Any, before: tuple[str, ...]) -> Any:
+        """Under which a parameter's kernel is remembered."""
+        maximize = bool(item.group.get("maximize"))
+        return id(item.layout), id(item.recipe), item.p.dtype, item.grad.dtype, before, maximize, item.p.device
 
     def find(self, item: Any, before: tuple[str, ...]) -> Found | str:
         """The kernel of one parameter, compiled if it has to be, or why it has none."""
-        if item.group.get("maximize"):
-            before = (*before, "maximize")
-        at = (id(item.layout), id(item.recipe), item.p.dtype, item.grad.dtype, before, item.p.device.type)
-        found = self.found.get(at)
-        if found is None:
+        at = self.place(item, before)
+        if at not in self.found:
+            found: Found | str
             try:
                 found = self.look(item, before)
             except NoTwin as why:
@@ -115,25 +139,41 @@ class Native:
             except cpu.NoCompiler as why:
                 found = str(why)
                 say(found)
-            self.found[at] = found
+            self.found[at] = found, (item.layout, item.recipe)  # kept, so that nothing else gets their ids
+        found = self.found[at][0]
         if not isinstance(found, str) and not item.p.is_contiguous():
             return "a parameter is not contiguous"
         return found
 
     def look(self, item: Any, before: tuple[str, ...]) -> Found:
-        key = key_for(item.recipe, item.codecs, item.layout, item.p.device, (item.p.dtype, item.grad.dtype), before)
+        key = key_of_item(item, before)
         parts = [
             Part(name, part.dtype.itemsize, 1 if part.dims is None else part.dims[-1][1])
             for name, part in part_specs(item.codecs, item.layout).items()
         ]
         shape = shape_of(item.layout.geo, key, parts, item.p.element_size(), item.grad.element_size())
-        return Found(key, cpu.load(key), shape, (item.layout, item.recipe))
+        return Found(key, self.load(key, item.p.device), shape)
+
+    def load(self, key: Key, device: torch.device) -> Any:
+        """The kernel for a device. Those for GPUs have not run on one yet: only fused=True chooses them."""
+        if device.type == "cpu":
+            return cpu.load(key)
+        if not self.required:
+            raise NoTwin("kernels for GPUs are new: fused=True chooses them")
+        return cuda.load(key, device)
 
 
 def prologue(policy: Any) -> tuple[str, ...]:
     """What every gradient goes through before the add-ons."""
     unscale = policy.grad_scale is not None
     return ("unscale",) * unscale + ("zero",) * (policy.nonfinite == "zero")
+
+
+def key_of_item(item: Any, before: tuple[str, ...]) -> Key:
+    """The key of one parameter's step; NoTwin with the reason."""
+    if item.group.get("maximize"):
+        before = (*before, "maximize")
+    return key_for(item.recipe, item.codecs, item.layout, item.p.device, (item.p.dtype, item.grad.dtype), before)
 
 
 def key_for(
@@ -147,9 +187,11 @@ def key_for(
     """The key of a parameter's step, dtypes being those of parameter and gradient. NoTwin with the reason."""
     if OFF:
         raise NoTwin("SHARDOPT_FUSED=0 switches kernels off")
-    if device.type != "cpu":
-        raise NoTwin(f"there are no {device.type} kernels in this version")
+    if device.type not in ("cpu", "cuda"):
+        raise NoTwin(f"there are no kernels for {device.type}")
     key = key_of(recipe, tuple(codecs.items()), *dtypes, before)
+    if device.type == "cuda" and max(key.blocks, default=0) > WIDEST_GPU:
+        raise NoTwin(f"blocks of more than {WIDEST_GPU} elements do not fit a GPU's registers")
     if any(codec.asks(layout.geo) for codec in codecs.values()):
         raise NoTwin("blocks lie on several ranks")
     return key

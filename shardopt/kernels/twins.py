@@ -22,30 +22,30 @@ class NoTwin(Exception):
 
 
 class Twin(NamedTuple):
-    """cpp: the struct. numbers: (param group, totals) -> its doubles, in the struct's order."""
+    """cpp: the struct. numbers: (param group, totals) -> its numbers, floats or 0-d tensors, in the struct's order."""
 
     cpp: str
-    numbers: Callable[[Any, Any], list[float]]
+    numbers: Callable[[Any, Any], list[Any]]
 
 
 def flag(value: Any) -> str:
     return "true" if value else "false"
 
 
-def from_group(*names: str) -> Callable[[Any, Any], list[float]]:
+def from_group(*names: str) -> Callable[[Any, Any], list[Any]]:
     """Numbers of the param group by their names; pairs are flattened."""
 
-    def read(group: Any, totals: Any) -> list[float]:
-        found: list[float] = []
+    def read(group: Any, totals: Any) -> list[Any]:
+        found: list[Any] = []
         for name in names:
             value = group[name]
-            found.extend(float(x) for x in (value if isinstance(value, (tuple, list)) else (value,)))
+            found.extend(value if isinstance(value, (tuple, list)) else (value,))
         return found
 
     return read
 
 
-def nothing(group: Any, totals: Any) -> list[float]:
+def nothing(group: Any, totals: Any) -> list[Any]:
     return []
 
 
@@ -71,8 +71,8 @@ RULES: dict[type[Rule], Callable[[Any], Twin]] = {
 }
 
 
-def clip_factor(addon: addons.ClipByGlobalNorm) -> Callable[[Any, Any], list[float]]:
-    return lambda group, totals: [float((addon.max_norm / (totals[addon.name].sqrt() + 1e-6)).clamp(max=1.0))]
+def clip_factor(addon: addons.ClipByGlobalNorm) -> Callable[[Any, Any], list[Any]]:
+    return lambda group, totals: [(addon.max_norm / (totals[addon.name].sqrt() + 1e-6)).clamp(max=1.0)]
 
 
 ADDONS: dict[type[addons.Addon], Callable[[Any], Twin]] = {

@@ -1,0 +1,81 @@
+"""What is compiled, and compiling ahead of time: `python -m shardopt.kernels` and `python -m shardopt.kernels build`.
+
+    python -m shardopt.kernels build --state int8 --dtype bf16 --rounding stochastic --arch cpu,sm_80,sm_90,sm_100
+
+A cluster builds once into a shared folder ($SHARDOPT_CACHE) and every rank finds it there.
+"""
+
+import argparse
+import ast
+import json
+from typing import Any
+
+import torch
+
+from shardopt.kernels import cpu, cuda
+from shardopt.kernels.cache import cache_folder
+from shardopt.kernels.key import Key, NoTwin, key_of
+from shardopt.recipe import Recipe
+from shardopt.rules import RULES
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+VIEWS = ((1 << 20,), (4096, 4096))  # a vector, which keeps fp32 state, and a matrix
+
+
+def listing() -> None:
+    """Every kernel of the cache: seconds to compile, registers and spills where a GPU's, bytes, key."""
+    print(f"cache: {cache_folder()}")
+    for note in sorted(cache_folder().glob("*.json")):
+        facts = json.loads(note.read_text())
+        report = facts.get("report", {})
+        spilled = report.get("spill_stores", 0) + report.get("spill_loads", 0)
+        usage = f"{report['registers']:3} registers, {spilled} bytes spilled" if report else "CPU"
+        arch = next((o.split("=")[1] for o in facts.get("options", []) if "gpu-architecture" in o), "")
+        print(f"{facts['seconds']:7.3f} s  {usage:30} {arch:7} {facts['key']}")
+
+
+def keys(options: argparse.Namespace) -> list[Key]:
+    """The kernels that parameters of one recipe need, matrices and vectors. NoTwin where there are none."""
+    rule = RULES[options.rule](**{name: ast.literal_eval(value) for name, value in options.option})
+    recipe = Recipe(rule, options.state, options.addons, options.rounding)
+    p, g = DTYPES[options.dtype], DTYPES[options.grad_dtype or options.dtype]
+    found = [key_of(recipe, tuple(recipe.codecs(view, p).items()), p, g) for view in VIEWS]
+    return list(dict.fromkeys(found))
+
+
+def build(options: argparse.Namespace) -> None:
+    for key in keys(options):
+        for arch in options.arch.split(","):
+            if arch == "cpu":
+                cpu.library(key)
+                facts: dict[str, Any] = cpu.built(key)
+            else:
+                cuda.compiled(key, arch, options.fast)
+                facts = cuda.built(key, arch, options.fast)
+            print(f"{arch:7} {facts['seconds']:7.3f} s  {key.words}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m shardopt.kernels", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", nargs="?", choices=("list", "build"), default="list")
+    parser.add_argument("--rule", choices=sorted(RULES), default="adamw")
+    parser.add_argument("--option", action="append", default=[], type=lambda text: tuple(text.split("=", 1)),
+                        metavar="NAME=VALUE", help="of the rule, e.g. nesterov=True")  # fmt: skip
+    parser.add_argument("--state", default="int8")
+    parser.add_argument("--addons", nargs="*", default=["decay"])
+    parser.add_argument("--rounding", default="nearest")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of parameters")
+    parser.add_argument("--grad-dtype", choices=sorted(DTYPES), help="of gradients, if another")
+    parser.add_argument("--arch", default="cpu", help="comma-separated: cpu, sm_80, sm_90, sm_100, ...")
+    parser.add_argument("--fast", action="store_true", help="GPU kernels with approximate division in the direction")
+    options = parser.parse_args()
+    if options.what == "list":
+        return listing()
+    try:
+        build(options)
+    except (NoTwin, cpu.NoCompiler) as why:
+        parser.error(f"nothing was built: {why}")
+
+
+if __name__ == "__main__":
+    main()
