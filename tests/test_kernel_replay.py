@@ -155,3 +155,26 @@ def test_asked_numbers_are_asked_in_every_step(taken):
             step(opt, seed)
     assert not any(taken)
     equal(*results)
+
+
+def test_a_compiled_training_step(taken):
+    """torch.compile around forward, backward and step: at most a graph break. Kills: a step that dynamo traces into."""
+
+    def run(compiled):
+        torch.manual_seed(0)
+        model = nn.Linear(64, 64)
+        opt = shardopt.AdamW(model.parameters(), lr=1e-2)
+
+        def train(x):
+            opt.zero_grad()
+            model(x).square().mean().backward()
+            opt.step()
+
+        step = torch.compile(train, backend="eager") if compiled else train
+        for seed in range(3):
+            torch.manual_seed(seed)
+            step(torch.randn(8, 64))
+        return opt
+
+    equal(run(True), run(False))
+    assert taken == [True] * 4

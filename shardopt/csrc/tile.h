@@ -176,8 +176,7 @@ struct Opened<C, true> {
   }
 };
 
-template <class... T>
-struct Tuple;  // of a slot's things, by index
+// A slot's things, by the slot's index.
 template <int I, class T>
 struct Leaf {
   T value;
