@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from shardopt.kernels import NoTwin, key_of
+from shardopt.kernels import NoTwin, key_at
 from tests.kernel_kit import GRADIENTS, differences, stepped
 from tests.table import DTYPES, FACTORS, Case
 
@@ -28,8 +28,7 @@ def drawn(draw: random.Random) -> tuple[Case, torch.dtype] | None:
     dtype = DTYPES[case.dtype]
     gradient = draw.choice(GRADIENTS[dtype])
     try:
-        recipe = case.recipe()
-        key_of(recipe, tuple(recipe.codecs(case.shape, dtype).items()), dtype, gradient)
+        key_at(case.recipe(), case.shape, dtype, gradient)
     except (NoTwin, ValueError):
         return None
     return case, gradient

@@ -146,7 +146,7 @@ def measure(name: str, shapes: list[tuple[int, ...]], chosen: list[str], repeats
     for who, make in {**CONTENDERS, **LOW}.items():
         if chosen and who not in chosen:
             continue
-        dtype = torch.bfloat16 if who.endswith("bf16") and "," in who else torch.float32
+        dtype = torch.bfloat16 if who in LOW else torch.float32
         params = parameters(shapes, dtype, device, mesh)
         try:
             opt = make(params)

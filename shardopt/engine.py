@@ -26,7 +26,10 @@ def run(items: Sequence[Item], answers: Any, policy: Policy, native: Any = None)
     totals, taken = before(items, answers, policy)
     if taken is not None and taken.device.type == "cpu" and not taken:
         return taken
-    alone, asking = [item for item in items if not asks(item)], [item for item in items if asks(item)]
+    alone: list[Item] = []
+    asking: list[Item] = []
+    for item in items:
+        (asking if asks(item) else alone).append(item)
     for item in native.step(alone, asking, totals, policy, masked(taken)) if native is not None else alone:
         for asked in step_of(item, policy, totals, taken):
             raise AssertionError(f"{item.recipe.key()} asks {asked}, but says that it asks nothing")

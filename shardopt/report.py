@@ -8,7 +8,7 @@ from torch import Tensor
 
 from shardopt.dtensor.layout import local_of
 from shardopt.kernels import NoTwin, key_for
-from shardopt.kernels.cpu import NoCompiler, compiler
+from shardopt.kernels.cache import NoCompiler
 from shardopt.state import KEY, STEP
 
 
@@ -80,8 +80,7 @@ def formats(opt: Any, recipe: Any, params: list[Tensor]) -> dict[str, int]:
     """How many parameters got which codecs by their GLOBAL shapes, and what steps them."""
     counts: dict[str, int] = {}
     for p in params:
-        layout = opt.layout(p)
-        codecs = recipe.codecs(layout.geo.view, p.dtype)
+        _, layout, codecs = opt.plan(recipe, p)
         words = ", ".join(f"{slot}: {codec.describe()}" for slot, codec in codecs.items()) or "no state"
         words = f"{words}; runs on {backend(opt, recipe, codecs, layout, p)}"
         counts[words] = counts.get(words, 0) + 1
@@ -95,8 +94,6 @@ def backend(opt: Any, recipe: Any, codecs: Any, layout: Any, p: Tensor) -> str:
     dtypes = p.dtype, p.dtype if p.grad is None else p.grad.dtype
     try:
         key_for(recipe, codecs, layout, p.device, dtypes)
-        if p.device.type == "cuda":
-            return "a kernel by NVRTC" if opt.native.required else "the reference (fused=True chooses kernels on GPUs)"
-        return f"a kernel by {compiler()[1]}"
+        return f"a kernel by {opt.native.compiler(p.device)}"
     except (NoTwin, NoCompiler) as why:
         return f"the reference ({why})"

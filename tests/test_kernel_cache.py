@@ -14,7 +14,7 @@ from torch import nn
 
 import shardopt
 from shardopt.kernels import cache, cpu, native
-from shardopt.kernels.key import key_of
+from shardopt.kernels.key import key_at
 from shardopt.recipe import Recipe
 from shardopt.rules import Lion
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 def key(rounding: str = "nearest"):
     recipe = Recipe(Lion(), rounding=rounding)
-    return key_of(recipe, tuple(recipe.codecs((64, 64), torch.float32).items()), torch.float32, torch.float32)
+    return key_at(recipe, (64, 64), torch.float32, torch.float32)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from torch import nn
 
 import shardopt
 from shardopt import addons, rules
-from shardopt.kernels import NoTwin, key_of
+from shardopt.kernels import NoTwin, key_at, key_of
 from shardopt.recipe import Recipe
 from tests.kernel_kit import differences, native_cases, optimizer_of, stepped
 from tests.table import DTYPES, SHAPES, Case
@@ -16,10 +16,7 @@ CASES = list(native_cases())
 
 def test_the_cover_is_wide():
     """About 150 keys; every rule, format, add-on, write policy and dtype that has a twin is among them."""
-    texts = " ".join(
-        key_of(c.recipe(), tuple(c.recipe().codecs(c.shape, DTYPES[c.dtype]).items()), DTYPES[c.dtype], g).cpp
-        for c, g in CASES
-    )
+    texts = " ".join(key_at(c.recipe(), c.shape, DTYPES[c.dtype], g).cpp for c, g in CASES)
     items = (
         "AdamW Lion SGD RMSprop Fp32 Bf16 Fp16 Int8 Sqrt8 Root4 Fp8 Int4 Dyn4 Dyn8 Log8 Log16 Log4 ClipByGlobalNorm "
         "CoupledDecay Grams WeightDecay CautiousDecay Nearest Stochastic Kahan F32 BF16 F16"
@@ -198,7 +195,7 @@ def test_keys_hold_structure_and_no_numbers():
 
     def cpp(rule, *more):
         recipe = Recipe(rule, "int8", *more)
-        return key_of(recipe, tuple(recipe.codecs((64, 128), torch.float32).items()), torch.float32, torch.float32).cpp
+        return key_at(recipe, (64, 128), torch.float32, torch.float32).cpp
 
     assert cpp(rules.AdamW(lr=1.0, eps=1e-3)) == cpp(rules.AdamW(lr=0.1, betas=(0.5, 0.9)))
     variants = [

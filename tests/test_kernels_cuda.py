@@ -9,8 +9,8 @@ from torch import nn
 
 import shardopt
 from shardopt import Recipe
-from shardopt.kernels import NoTwin, cuda, key_of, launcher
-from shardopt.kernels.cpu import NoCompiler
+from shardopt.kernels import NoTwin, cuda, key_at, launcher
+from shardopt.kernels.cache import NoCompiler
 from shardopt.kernels.spans import GROUP, KEY, PARTS, ROWS, STEP, TILE0, G, P
 from shardopt.rules import AdamW
 from tests.fake_gpu import PROCESSORS, FakeDriver, emulated, gpu  # noqa: F401
@@ -20,13 +20,14 @@ from tests.table import DTYPES, Case
 CASES = list(native_cases())
 ARCHS = ("sm_80", "sm_90", "sm_100")
 BUDGET = Recipe(AdamW(), {"signed": "sqrt8", "non_negative": "root4"}, ("cautious_decay",), "stochastic")
+KEY_OF_BUDGET = key_at(BUDGET, (4096, 4096), torch.bfloat16, torch.bfloat16)
 
 
-def key_at(case, gradient, shape=(4096, 4096)):
+def key_of_case(case, gradient, shape=(4096, 4096)):
     """The key of a case's recipe for a large matrix; None where it has no twin."""
     dtype = DTYPES[case.dtype]
     try:
-        return key_of(case.recipe(), tuple(case.recipe().codecs(shape, dtype).items()), dtype, gradient)
+        return key_at(case.recipe(), shape, dtype, gradient)
     except NoTwin:
         return None
 
@@ -35,7 +36,7 @@ def covering(first):
     """So few keys that every struct of the cover is compiled with all its switches; `first`: where to begin."""
     texts = {}
     for case in CASES[first:] + CASES[:first]:
-        if key := key_at(*case):
+        if key := key_of_case(*case):
             structs = re.findall(r"\b[A-Z]\w*(?:<[\w, ]*>)?", key.cpp)
             texts[key] = {re.sub(r"\b\d+u?\b", "", struct) for struct in structs}
     wanted = set().union(*texts.values())
@@ -58,23 +59,21 @@ def test_compiles_without_spills(nvrtc, arch):
     """Kills: a header of the host, an index of a register array that is not constant, a table on the stack."""
     for key in covering(30 * ARCHS.index(arch)):
         cuda.compiled(key, arch)
-        report = cuda.built(key, arch)["report"]
+        report = cuda.entry_of(key, arch).facts()["report"]
         assert (report["stack"], report["spill_stores"], report["spill_loads"]) == (0, 0, 0), (key.cpp, report)
         assert 16 < report["registers"] <= 168, (key.cpp, report)
 
 
 def test_budget_of_registers(nvrtc):
     """Kills: a second body for tails (109 registers), unpacked windows. AdamW int8 with bf16: four CTAs a processor."""
-    codecs = tuple(BUDGET.codecs((4096, 4096), torch.bfloat16).items())
-    key = key_of(BUDGET, codecs, torch.bfloat16, torch.bfloat16)
-    cuda.compiled(key, "sm_90", fast=True)
-    note = cuda.built(key, "sm_90", fast=True)
+    cuda.compiled(KEY_OF_BUDGET, "sm_90", fast=True)
+    note = cuda.entry_of(KEY_OF_BUDGET, "sm_90", fast=True).facts()
     assert note["report"]["registers"] <= 64 and note["report"]["stack"] == 0, note["report"]
 
 
 def test_the_cache_keeps_modes_and_architectures_apart(nvrtc):
     """Kills: options or architecture missing in the name of a cached cubin."""
-    key = key_at(*CASES[0])
+    key = key_of_case(*CASES[0])
     given = [(key, "sm_80", False), (key, "sm_90", False), (key, "sm_90", True)]
     assert len({cuda.entry_of(*one).path for one in given}) == 3
     assert cuda.arch_of((9, 0)) == "sm_90" and cuda.arch_of((8, 9)) == "sm_89"
@@ -140,7 +139,6 @@ def test_spans_share_ctas(gpu):  # noqa: F811
 
 # What a launch is given ------------------------------------------------------------------------------------------
 
-KEY_OF_BUDGET = key_of(BUDGET, tuple(BUDGET.codecs((4096, 4096), torch.bfloat16).items()), *[torch.bfloat16] * 2)
 WORDS = PARTS + 4
 
 

@@ -25,27 +25,20 @@ struct Fp32 : Plain {
   HD static float encode(float x, u32) { return x; }
 };
 
-template <bool SIGNED, bool STOCHASTIC, u32 STREAM>
-struct Bf16 : Plain {
+template <class Float, bool SIGNED, bool STOCHASTIC, u32 STREAM>
+struct Half : Plain {
   using Code = u16;
   static constexpr u32 stream = STOCHASTIC ? STREAM : 0;
-  HD static float decode(u16 x) { return bf16_to_float(x); }
+  HD static float decode(u16 x) { return Float::load(x); }
   HD static u16 encode(float x, u32 noise) {
-    u16 y = STOCHASTIC ? to_bf16_stochastic(x, noise) : to_bf16_saturated(x);
+    u16 y = STOCHASTIC ? Float::stochastic(x, noise) : saturated<Float>(x);
     return !SIGNED && x > 0 && y < 1 ? (u16)1 : y;
   }
 };
-
 template <bool SIGNED, bool STOCHASTIC, u32 STREAM>
-struct Fp16 : Plain {
-  using Code = u16;
-  static constexpr u32 stream = STOCHASTIC ? STREAM : 0;
-  HD static float decode(u16 x) { return fp16_to_float(x); }
-  HD static u16 encode(float x, u32 noise) {
-    u16 y = STOCHASTIC ? to_fp16_stochastic(x, noise) : to_fp16_saturated(x);
-    return !SIGNED && x > 0 && y < 1 ? (u16)1 : y;
-  }
-};
+using Bf16 = Half<Bfloat16, SIGNED, STOCHASTIC, STREAM>;
+template <bool SIGNED, bool STOCHASTIC, u32 STREAM>
+using Fp16 = Half<Float16, SIGNED, STOCHASTIC, STREAM>;
 
 // Codes of x relative to the block's largest magnitude ---------------------------------------------------------------
 

@@ -11,17 +11,13 @@ struct Thread {
 
   // Tiles first..last-1 of all spans together.
   static void run(const Span* spans, i64 count, const double* numbers, i64 stride, i64 first, i64 last) {
-    i64 at = 0, beyond = count;  // the last span that begins at or before `first`
-    while (beyond - at > 1) {
-      i64 middle = (at + beyond) / 2;
-      (spans[middle].tile0 <= first ? at : beyond) = middle;
-    }
+    i64 at = span_of(spans, count, first);
     double known = -1;
     i64 group = -1;
     typename K::Scalars h{};
     for (i64 tile = first; tile < last; at++) {
       const Span& s = spans[at];
-      i64 across = (s.cols + K::tile - 1) / K::tile, end = s.tile0 + s.rows * across;
+      i64 across = K::across(s), end = s.tile0 + s.rows * across;
       if (tile >= end) continue;
       double t = (double)*s.step + 1;
       if (t != known || s.group != group) h = K::derive(numbers + s.group * stride, t);

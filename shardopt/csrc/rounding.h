@@ -15,9 +15,6 @@ HD T dither(T t, T u, T tolerance) {
 // A floating-point format: bits of the fraction, exponent of the smallest normal number, largest number.
 template <int FRACTION, int LOWEST>
 struct Grid {
-  static constexpr int fraction = FRACTION, lowest = LOWEST;
-  static constexpr u32 smallest = (u32)(LOWEST + 127) << 23;  // bits of the smallest normal number
-
   // The spacing of the format at |x|, and its inverse: powers of two.
   HD static u32 exponent(float x) {
     u32 e = (bits(x) >> 23) & 0xffu;
@@ -39,56 +36,54 @@ struct Grid {
   }
 };
 
-// bfloat16 ------------------------------------------------------------------------------------------------------
+// The 16-bit floats -------------------------------------------------------------------------------------------------
 
-HD float bf16_to_float(u16 x) { return from_bits((u32)x << 16); }
+struct Bfloat16 {
+  static constexpr u32 largest = 0x7f7f0000u;  // bits of the largest number, as float32
 
-HD u16 to_bf16(float x) {
-  u32 b = bits(x);
-  u32 rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
-  return (u16)((b & 0x7fffffffu) > inf_bits ? 0x7fc0u : rounded);
-}
+  HD static float load(u16 x) { return from_bits((u32)x << 16); }
+  HD static u16 nearest(float x) {
+    u32 b = bits(x);
+    u32 rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+    return (u16)((b & 0x7fffffffu) > inf_bits ? 0x7fc0u : rounded);
+  }
+  HD static u16 stochastic(float x, u32 noise) {
+    u32 b = bits(x), magnitude = b & 0x7fffffffu;
+    u32 up = smaller(magnitude + (noise & 0xffffu), 0x7f7fffffu);
+    u32 rounded = (up | (b & 0x80000000u)) >> 16;
+    return magnitude < inf_bits ? (u16)rounded : (magnitude > inf_bits ? (u16)0x7fc0u : (u16)(b >> 16));
+  }
+};
 
-HD u16 to_bf16_saturated(float x) {  // a finite value beyond the largest number becomes that number
+struct Float16 {
+  static constexpr u32 largest = 0x477fe000u;
+
+  HD static float load(u16 h) {
+    u32 magnitude = (u32)(h & 0x7fffu) << 13;
+    float scaled = from_bits(magnitude) * 0x1p112f;  // exact, subnormal numbers included
+    u32 special = magnitude | inf_bits;
+    u32 y = (h & 0x7c00u) == 0x7c00u ? special : bits(scaled);
+    return from_bits(y | ((u32)(h & 0x8000u) << 16));
+  }
+  HD static u16 nearest(float x) {  // ties to even; beyond 65520 infinite
+    u32 b = bits(x), magnitude = b & 0x7fffffffu, signed_bit = (b >> 16) & 0x8000u;
+    u32 normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+    u32 tiny = bits(from_bits(magnitude) + 0.5f) - 0x3f000000u;  // the addition rounds to steps of 2^-24
+    u32 y = magnitude < 0x38800000u ? tiny : normal;
+    y = magnitude >= 0x477ff000u ? 0x7c00u : y;
+    y = magnitude > inf_bits ? 0x7e00u : y;
+    return (u16)(y | signed_bit);
+  }
+  HD static u16 stochastic(float x, u32 noise) { return nearest(Grid<10, -14>::stochastic(x, noise, 0.0f, 65504.0f)); }
+};
+
+// To nearest; a finite value beyond the largest number becomes that number.
+template <class Float>
+HD u16 saturated(float x) {
   u32 b = bits(x), magnitude = b & 0x7fffffffu;
-  u32 saturated = smaller(magnitude, 0x7f7f0000u) | (b & 0x80000000u);
-  return to_bf16(magnitude >= inf_bits ? x : from_bits(saturated));
+  u32 within = smaller(magnitude, Float::largest) | (b & 0x80000000u);
+  return Float::nearest(magnitude >= inf_bits ? x : from_bits(within));
 }
-
-HD u16 to_bf16_stochastic(float x, u32 noise) {
-  u32 b = bits(x), magnitude = b & 0x7fffffffu;
-  u32 up = smaller(magnitude + (noise & 0xffffu), 0x7f7fffffu);
-  u32 rounded = (up | (b & 0x80000000u)) >> 16;
-  return magnitude < inf_bits ? (u16)rounded : (magnitude > inf_bits ? (u16)0x7fc0u : (u16)(b >> 16));
-}
-
-// float16 -------------------------------------------------------------------------------------------------------
-
-HD float fp16_to_float(u16 h) {
-  u32 magnitude = (u32)(h & 0x7fffu) << 13;
-  float scaled = from_bits(magnitude) * 0x1p112f;  // exact, subnormal numbers included
-  u32 special = magnitude | inf_bits;
-  u32 y = (h & 0x7c00u) == 0x7c00u ? special : bits(scaled);
-  return from_bits(y | ((u32)(h & 0x8000u) << 16));
-}
-
-HD u16 to_fp16(float x) {  // ties to even; beyond 65520 infinite
-  u32 b = bits(x), magnitude = b & 0x7fffffffu, signed_bit = (b >> 16) & 0x8000u;
-  u32 normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
-  u32 tiny = bits(from_bits(magnitude) + 0.5f) - 0x3f000000u;  // the addition rounds to steps of 2^-24
-  u32 y = magnitude < 0x38800000u ? tiny : normal;
-  y = magnitude >= 0x477ff000u ? 0x7c00u : y;
-  y = magnitude > inf_bits ? 0x7e00u : y;
-  return (u16)(y | signed_bit);
-}
-
-HD u16 to_fp16_saturated(float x) {
-  u32 b = bits(x), magnitude = b & 0x7fffffffu;
-  u32 saturated = smaller(magnitude, 0x477fe000u) | (b & 0x80000000u);
-  return to_fp16(magnitude >= inf_bits ? x : from_bits(saturated));
-}
-
-HD u16 to_fp16_stochastic(float x, u32 noise) { return to_fp16(Grid<10, -14>::stochastic(x, noise, 0.0f, 65504.0f)); }
 
 // float8 E4M3 ---------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,17 @@ struct Span {
   void* part[PARTS > 0 ? PARTS : 1];
 };
 
+// The last span that begins at or before a tile.
+template <class Span>
+HD i64 span_of(const Span* spans, i64 count, i64 tile) {
+  i64 at = 0, beyond = count;
+  while (beyond - at > 1) {
+    i64 middle = (at + beyond) / 2;
+    (spans[middle].tile0 <= tile ? at : beyond) = middle;
+  }
+  return at;
+}
+
 template <class... C>
 struct Slots {
   static constexpr int count = sizeof...(C);
@@ -59,6 +70,8 @@ struct Step {
   static constexpr int slots = Slots::count;
   static constexpr int tile = Slots::widest() > 256 ? Slots::widest() : 256;
   static constexpr int numbers = Rule::numbers + Gradient::numbers + Direction::numbers + Decay::numbers;
+
+  HD static i64 across(const Span& s) { return (s.cols + tile - 1) / tile; }  // tiles of a row
 
   // What is the same for all elements of a parameter in a step; `n`: numbers of the rule, then of every add-on.
   struct Scalars {

@@ -112,7 +112,7 @@ HD void agree(Team& team) {
 // `left` tiles of one span, from its tile `first` on, by one warp.
 template <class K, class Team>
 HD void run(Team& team, const typename K::Span& s, const Known<K>& known, i64 first, int left) {
-  const i64 across = (s.cols + K::tile - 1) / K::tile;
+  const i64 across = K::across(s);
   i64 row = first / across, column = first % across * K::tile;
   auto drawn = K::row_noise(known.noise, s.row0 + row);
   for (; left > 0; left--) {
@@ -131,14 +131,9 @@ HD void step(Cta& cta, const Packed& a, i64 block) {
   if (skipped(a.taken)) return;
   auto* spans = (const typename K::Span*)(a.words + (a.pointers ? 2 * a.numbers : a.numbers));
   i64 tile = block * a.per, last = tile + a.per < a.tiles ? tile + a.per : a.tiles;
-  i64 at = 0, beyond = a.count;  // the last span that begins at or before `tile`
-  while (beyond - at > 1) {
-    i64 middle = (at + beyond) / 2;
-    (spans[middle].tile0 <= tile ? at : beyond) = middle;
-  }
-  for (; tile < last; at++) {
+  for (i64 at = span_of(spans, a.count, tile); tile < last; at++) {
     const auto& s = spans[at];
-    i64 end = s.tile0 + s.rows * ((s.cols + K::tile - 1) / K::tile), stop = end < last ? end : last;
+    i64 end = s.tile0 + s.rows * K::across(s), stop = end < last ? end : last;
     if (tile >= stop) continue;
     cta.once([&] { cta.known = know<K>(a, s); });
     const int all = (int)(stop - tile), share = (all + warps - 1) / warps;

@@ -11,20 +11,16 @@ struct F32 {
   HD static float store(float x) { return x; }
   HD static float store(float x, u32) { return x; }
 };
-struct BF16 {
+template <class Float>
+struct Low {
   using T = u16;
   static constexpr bool exact = false;
-  HD static float load(u16 x) { return bf16_to_float(x); }
-  HD static u16 store(float x) { return to_bf16(x); }
-  HD static u16 store(float x, u32 noise) { return to_bf16_stochastic(x, noise); }
+  HD static float load(u16 x) { return Float::load(x); }
+  HD static u16 store(float x) { return Float::nearest(x); }
+  HD static u16 store(float x, u32 noise) { return Float::stochastic(x, noise); }
 };
-struct F16 {
-  using T = u16;
-  static constexpr bool exact = false;
-  HD static float load(u16 x) { return fp16_to_float(x); }
-  HD static u16 store(float x) { return to_fp16(x); }
-  HD static u16 store(float x, u32 noise) { return to_fp16_stochastic(x, noise); }
-};
+using BF16 = Low<Bfloat16>;
+using F16 = Low<Float16>;
 
 struct Nearest {
   static constexpr bool noisy = false;

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from shardopt.kernels import cpu, cuda
-from shardopt.kernels.cache import cache_folder
-from shardopt.kernels.key import Key, NoTwin, key_of
+from shardopt.kernels.cache import NoCompiler, cache_folder
+from shardopt.kernels.key import Key, NoTwin, key_at
 from shardopt.recipe import Recipe
 from shardopt.rules import RULES
 
@@ -39,7 +39,7 @@ def keys(options: argparse.Namespace) -> list[Key]:
     rule = RULES[options.rule](**{name: ast.literal_eval(value) for name, value in options.option})
     recipe = Recipe(rule, options.state, options.addons, options.rounding)
     p, g = DTYPES[options.dtype], DTYPES[options.grad_dtype or options.dtype]
-    found = [key_of(recipe, tuple(recipe.codecs(view, p).items()), p, g) for view in VIEWS]
+    found = [key_at(recipe, view, p, g) for view in VIEWS]
     return list(dict.fromkeys(found))
 
 
@@ -48,10 +48,10 @@ def build(options: argparse.Namespace) -> None:
         for arch in options.arch.split(","):
             if arch == "cpu":
                 cpu.library(key)
-                facts: dict[str, Any] = cpu.built(key)
+                facts: dict[str, Any] = cpu.entry_of(key).facts()
             else:
                 cuda.compiled(key, arch, options.fast)
-                facts = cuda.built(key, arch, options.fast)
+                facts = cuda.entry_of(key, arch, options.fast).facts()
             print(f"{arch:7} {facts['seconds']:7.3f} s  {key.words}")
 
 
@@ -73,7 +73,7 @@ def main() -> None:
         return listing()
     try:
         build(options)
-    except (NoTwin, cpu.NoCompiler) as why:
+    except (NoTwin, NoCompiler) as why:
         parser.error(f"nothing was built: {why}")
 
 

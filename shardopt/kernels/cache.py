@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 CSRC = Path(__file__).parents[1] / "csrc"
 WAIT = 300.0  # seconds for another process that builds
@@ -49,6 +50,10 @@ def name_of(*facts: str) -> str:
     return hashlib.sha256("\0".join((sources(), *facts)).encode()).hexdigest()[:24]
 
 
+class NoCompiler(Exception):
+    """Why nothing can be compiled on this machine; the message is a clause, for users."""
+
+
 class Entry:
     """One compiled file with a note beside it that holds its checksum, what it is and how long it took."""
 
@@ -59,10 +64,14 @@ class Entry:
     def read(self) -> bytes | None:
         """The content, None where it is missing or damaged."""
         try:
-            content, note = self.path.read_bytes(), json.loads(self.note.read_text())
+            content, facts = self.path.read_bytes(), self.facts()
         except (OSError, ValueError):
             return None
-        return content if note.get("sha256") == hashlib.sha256(content).hexdigest() else None
+        return content if facts.get("sha256") == hashlib.sha256(content).hexdigest() else None
+
+    def facts(self) -> dict[str, Any]:
+        """What the note says: seconds, compiler, the compiler's report, checksum."""
+        return dict(json.loads(self.note.read_text()))
 
     def write(self, content: bytes, **facts: object) -> None:
         facts["sha256"] = hashlib.sha256(content).hexdigest()
@@ -80,15 +89,13 @@ def replace(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def building(wait: float | None = None) -> Iterator[bool]:
-    """Hold the folder's lock, so that one process of a node builds; False where it was not had in time."""
-    limit = time.monotonic() + (WAIT if wait is None else wait)
+def building() -> Iterator[None]:
+    """Hold the folder's lock, so that one process of a node builds; after WAIT seconds go on without it."""
+    limit = time.monotonic() + WAIT
     with (cache_folder() / ".lock").open("a") as lock:
-        held = take(lock.fileno())
-        while not held and time.monotonic() < limit:
+        while not take(lock.fileno()) and time.monotonic() < limit:
             time.sleep(0.05)
-            held = take(lock.fileno())
-        yield held  # closing the file frees the lock, a crash does too
+        yield  # closing the file frees the lock, a crash does too
 
 
 def take(handle: int) -> bool:
@@ -110,3 +117,12 @@ def ensure(entries: dict[str, Entry], build: Callable[[list[str]], None]) -> Non
     with building():
         if missing := [name for name, entry in entries.items() if entry.read() is None]:
             build(missing)
+
+
+def obtained(entry: Entry, build: Callable[[], None]) -> bytes:
+    """The content of an entry, built if it has to be. NoCompiler where it cannot be read back."""
+    ensure({"": entry}, lambda missing: build())
+    content = entry.read()
+    if content is None:
+        raise NoCompiler(f"the compiled kernel {entry.path} cannot be read back")
+    return content

@@ -2,7 +2,6 @@
 
 import ctypes
 import hashlib
-import json
 import os
 import platform
 import shutil
@@ -17,15 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from shardopt.kernels.cache import CSRC, Entry, ensure, name_of
+from shardopt.kernels.cache import CSRC, Entry, NoCompiler, ensure, name_of, obtained
 from shardopt.kernels.key import Key
 
 OPTIONS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fno-exceptions", "-Wno-psabi"]
 OPTIONS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]  # none of them changes a value
-
-
-class NoCompiler(Exception):
-    """Why nothing can be compiled on this machine; the message is a clause, for users."""
 
 
 @cache
@@ -46,19 +41,23 @@ def compiler() -> tuple[str, str]:
 
 
 @cache
-def machine() -> str:
-    """What -march=native depends on."""
+def features() -> str:
+    """What the processor can do, in the system's words."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        words = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+        return next((line for line in lines if line.startswith(("flags", "Features"))), "")
     except OSError:
-        words = platform.processor()
-    return f"{platform.machine()} {hashlib.sha256(words.encode()).hexdigest()[:16]} {'avx512f' in words}"
+        return platform.processor()
+
+
+def machine() -> str:
+    """What -march=native depends on."""
+    return f"{platform.machine()} {hashlib.sha256(features().encode()).hexdigest()[:16]}"
 
 
 def options() -> list[str]:
     native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    wide = ["-mprefer-vector-width=512"] if machine().endswith("True") else []
+    wide = ["-mprefer-vector-width=512"] if "avx512f" in features() else []
     return [*OPTIONS, native, *wide]
 
 
@@ -105,19 +104,16 @@ def run(folder: str, commands: list[list[str]]) -> None:
 
 def prepare(keys: Sequence[Key]) -> None:
     """Compile what is missing of several keys side by side, before each is loaded."""
-    entries = {key.cpp: entry_of(key) for key in keys}
-    ensure(
-        entries, lambda missing: build([key for key in {key.cpp: key for key in keys}.values() if key.cpp in missing])
-    )
+    wanted = {key.cpp: key for key in keys}
+    entries = {cpp: entry_of(key) for cpp, key in wanted.items()}
+    ensure(entries, lambda missing: build([wanted[cpp] for cpp in missing]))
 
 
 @cache
 def library(key: Key, backend: str = "cpu") -> ctypes.CDLL:
     """The shared library of a key, compiled if it has to be."""
     entry = entry_of(key, backend)
-    ensure({key.cpp: entry}, lambda missing: build([key], backend))
-    if entry.read() is None:
-        raise NoCompiler(f"the compiled kernel {entry.path} cannot be read back")
+    obtained(entry, lambda: build([key], backend))
     try:
         return ctypes.CDLL(str(entry.path))
     except OSError as error:
@@ -150,8 +146,3 @@ class Stepper:
             spans.ctypes.data, len(spans), tiles, values.ctypes.data, values.shape[1],
             counters.ctypes.data, len(counters), torch.get_num_threads(),
         )  # fmt: skip
-
-
-def built(key: Key) -> dict[str, Any]:
-    """What the cache notes about a key: seconds, compiler, checksum."""
-    return dict(json.loads(entry_of(key).note.read_text()))

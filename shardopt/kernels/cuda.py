@@ -1,6 +1,5 @@
 """The GPU's compiler: keys to cubins through NVRTC, without a GPU or a CUDA toolkit; and what loads and starts them."""
 
-import json
 import re
 import time
 from functools import cache
@@ -9,8 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shardopt.kernels.cache import CSRC, Entry, ensure, name_of
-from shardopt.kernels.cpu import NoCompiler
+from shardopt.kernels.cache import CSRC, Entry, NoCompiler, name_of, obtained
 from shardopt.kernels.key import Key
 from shardopt.kernels.launcher import THREADS, Launcher
 
@@ -124,17 +122,7 @@ def report_of(log: str) -> dict[str, int]:
 
 def compiled(key: Key, arch: str, fast: bool = False) -> bytes:
     """The cubin of a key, from the cache or made."""
-    entry = entry_of(key, arch, fast)
-    ensure({key.cpp: entry}, lambda missing: build(key, arch, fast))
-    cubin = entry.read()
-    if cubin is None:
-        raise NoCompiler(f"the compiled kernel {entry.path} cannot be read back")
-    return cubin
-
-
-def built(key: Key, arch: str, fast: bool = False) -> dict[str, Any]:
-    """What the cache notes about a key: the compiler's report, seconds, options."""
-    return dict(json.loads(entry_of(key, arch, fast).note.read_text()))
+    return obtained(entry_of(key, arch, fast), lambda: build(key, arch, fast))
 
 
 class Module:

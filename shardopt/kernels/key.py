@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from shardopt.codecs import Codec
-from shardopt.kernels.twins import ADDONS, MEMORY, RULES, TABLES, NoTwin, Twin, codec_twin, table_source
+from shardopt.kernels.twins import ADDONS, BEFORE, MEMORY, RULES, TABLES, NoTwin, Twin, codec_twin, table_source
 from shardopt.recipe import Recipe
 
 Codecs = tuple[tuple[str, Codec], ...]
@@ -36,16 +36,12 @@ class Key:
         return [x for twin in self.twins for x in twin.numbers(group, totals)]
 
     def source(self, backend: str) -> str:
-        """The translation unit: `backend` is cpu or cuda."""
+        """The translation unit: `backend` is cpu, cuda or emulated."""
         tables = "".join(table_source(name) for name in TABLES if f", {name}>" in self.cpp)
         return (
             f'#include "{backend}.h"\nnamespace shardopt {{\n{tables}using Key = {self.cpp};\n}}\n'
             f"SHARDOPT_{backend.upper()}(shardopt::Key)\n"
         )
-
-
-def unscaled(group: Any, totals: Any) -> list[Any]:
-    return [totals["grad_scale"]]
 
 
 @lru_cache(maxsize=4096)
@@ -63,13 +59,8 @@ def key_of(
             raise NoTwin(f"{what} of {dtype} have no native twin")
     rule = RULES[type(recipe.rule)](recipe.rule)
     slots = [codec_twin(codec, slot) for slot, codec in codecs]
-    first = {
-        "unscale": Twin("Unscale", unscaled),
-        "zero": Twin("ZeroNonfinite", lambda group, totals: []),
-        "maximize": Twin("Maximize", lambda group, totals: []),
-    }
     stages = {stage: [ADDONS[type(a)](a) for a in recipe.stage(stage)] for stage in ("gradient", "direction", "decay")}
-    stages["gradient"] = [first[word] for word in before] + stages["gradient"]
+    stages["gradient"] = [BEFORE[word] for word in before] + stages["gradient"]
     chains = ["Chain<" + ", ".join(twin.cpp for twin in stages[stage]) + ">" for stage in stages]
     write = {"nearest": "Nearest", "stochastic": "Stochastic"}.get(recipe.rounding) or kahan(recipe, parameter)
     memory = f"{MEMORY[parameter]}, {MEMORY[gradient]}"
@@ -81,6 +72,11 @@ def key_of(
         tuple(codec.block for _, codec in codecs if hasattr(codec, "block")),
         recipe.write.noisy(parameter) or any(codec.noisy for _, codec in codecs),
     )
+
+
+def key_at(recipe: Recipe, view: tuple[int, ...], parameter: torch.dtype, gradient: torch.dtype) -> Key:
+    """The key of a parameter of this GLOBAL view."""
+    return key_of(recipe, tuple(recipe.codecs(view, parameter).items()), parameter, gradient)
 
 
 def words_of(recipe: Recipe, codecs: Codecs, memory: str, before: tuple[str, ...]) -> str:

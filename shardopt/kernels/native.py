@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shardopt.kernels import cpu, cuda
+from shardopt.kernels.cache import NoCompiler
 from shardopt.kernels.call import Call
 from shardopt.kernels.key import Key, check_recipe, key_of
 from shardopt.kernels.replay import Replay, facts_of
@@ -119,7 +120,7 @@ class Native:
                 with suppress(NoTwin):
                     keys.append(key_of_item(item, before))
         if len(set(keys)) > 1:
-            with suppress(cpu.NoCompiler):
+            with suppress(NoCompiler):
                 cpu.prepare(keys)
 
     def place(self, item: Any, before: tuple[str, ...]) -> Any:
@@ -136,7 +137,7 @@ class Native:
                 found = self.look(item, before)
             except NoTwin as why:
                 found = str(why)
-            except cpu.NoCompiler as why:
+            except NoCompiler as why:
                 found = str(why)
                 say(found)
             self.found[at] = found, (item.layout, item.recipe)  # kept, so that nothing else gets their ids
@@ -154,13 +155,18 @@ class Native:
         shape = shape_of(item.layout.geo, key, parts, item.p.element_size(), item.grad.element_size())
         return Found(key, self.load(key, item.p.device), shape)
 
-    def load(self, key: Key, device: torch.device) -> Any:
-        """The kernel for a device. Those for GPUs have not run on one yet: only fused=True chooses them."""
+    def compiler(self, device: torch.device) -> str:
+        """What compiles for a device; NoTwin or NoCompiler where nothing does. GPU kernels have not run on one yet."""
         if device.type == "cpu":
-            return cpu.load(key)
+            return cpu.compiler()[1]
         if not self.required:
             raise NoTwin("kernels for GPUs are new: fused=True chooses them")
-        return cuda.load(key, device)
+        return "NVRTC"
+
+    def load(self, key: Key, device: torch.device) -> Any:
+        """The kernel for a device."""
+        self.compiler(device)
+        return cpu.load(key) if device.type == "cpu" else cuda.load(key, device)
 
 
 def prologue(policy: Any) -> tuple[str, ...]:

@@ -53,10 +53,7 @@ def row_runs(geo: Geometry) -> list[tuple[int, int, int]]:
     found = [(0, 0, 1)]
     for size, runs in zip(geo.view[:-1], geo.runs[:-1]):
         held = sum(length for _, length in runs)
-        whole = len(runs) == 1 and runs[0] == (0, size)
-        if whole and len(found) == 1 and found[0][2] == 1 and found[0][1] == 0:
-            found = [(0, 0, size)]
-        elif whole:
+        if runs == ((0, size),):
             found = [(local * size, first * size, length * size) for local, first, length in found]
         else:
             below = []

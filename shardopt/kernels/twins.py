@@ -83,6 +83,13 @@ ADDONS: dict[type[addons.Addon], Callable[[Any], Twin]] = {
     addons.CautiousDecay: lambda addon: Twin("CautiousDecay", from_group("weight_decay")),
 }
 
+# what is done to every gradient first, by the words of `key_of`
+BEFORE = {
+    "unscale": Twin("Unscale", lambda group, totals: [totals["grad_scale"]]),
+    "zero": Twin("ZeroNonfinite", nothing),
+    "maximize": Twin("Maximize", nothing),
+}
+
 # codec class -> (struct, what its template is given, in order)
 CODECS: dict[type[codecs.Codec], tuple[str, tuple[str, ...]]] = {
     codecs.CODECS["fp32"]: ("Fp32", ()),
