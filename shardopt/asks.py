@@ -21,6 +21,7 @@ class Sum(NamedTuple):
 
     `over` defaults to `dim`. It differs where x is not shaped like the view: for a vector of rows,
     (..., rows), `Sum(v, dim=-1, over=-2)` adds up all rows of the parameter, wherever they are.
+    `dim=()` says that x holds float64 sums of the local shard already; then `over` must be given.
     """
 
     x: Tensor
@@ -47,6 +48,28 @@ class Total(NamedTuple):
     """Sum of `x`, the 0-d float64 sum of one local shard, over all parameters; only before the rules."""
 
     x: Tensor
+
+
+class Wire(NamedTuple):
+    """Codec strings in which a matrix travels to its owner and its result back; encoded on one device as on many."""
+
+    there: str = "fp32"
+    back: str = "fp32"
+
+
+class Whole(NamedTuple):
+    """`work` of every matrix (last two dims) of the whole parameter, cut like x; the answer is float32.
+
+    work: a `shardopt.polar.Orthogonalizer`, (..., rows, cols) -> the same shape. mode: "full", every matrix is brought
+    to one owner and its result back, bitwise the same on every mesh; "gram", the Gram matrix of the small side is
+    summed and the result is worked out locally; "auto", the planner chooses between the two; "local", every rank
+    works on what it holds: a result that depends on the mesh.
+    """
+
+    x: Tensor
+    work: Any
+    wire: Wire = Wire()
+    mode: str = "full"
 
 
 class Slot(NamedTuple):

@@ -35,7 +35,7 @@ def run(items: Sequence[Item], answers: Any, policy: Policy, native: Any = None)
             raise AssertionError(f"{item.recipe.key()} asks {asked}, but says that it asks nothing")
     alive: list[Iterator[None]] = []
     for bucket in buckets(asking):
-        steps = [step_of(item, policy, totals, taken) for item in bucket]
+        steps = [speaking(i, step_of(item, policy, totals, taken)) for i, item in enumerate(bucket)]
         alive.append(drive(steps, [item.layout for item in bucket], answers))
         if len(alive) == ALIVE:
             alive = advance(alive)
@@ -62,27 +62,48 @@ STOPPED = object()
 
 
 def drive(steps: Sequence[Asking], layouts: Sequence[Any], answers: Any) -> Iterator[None]:
-    """Run the generators of one bucket to their ends in lock step; yields while a round is on its way."""
+    """Run the generators of one bucket to their ends in lock step; yields while a message of a round is on its way.
+
+    A step speaks for one member of the bucket or for several: it yields {position: what that one asks} and is sent
+    {position: reply}. A round is asked in the order of the positions, so that it is the same on every rank, whoever
+    speaks for whom.
+    """
     replies: dict[int, Any] = dict.fromkeys(range(len(steps)))
     while True:
         asked: dict[int, Any] = {}
-        for i, reply in replies.items():
+        speaks: dict[int, int] = {}
+        for k, reply in replies.items():
             try:
-                asked[i] = steps[i].send(reply)
+                mine = steps[k].send(reply)
             except StopIteration:
                 continue
+            asked.update(mine)
+            speaks.update(dict.fromkeys(mine, k))
         replies.clear()
         if not asked:
             return
-        flat = [(layouts[i], ask) for i, group in asked.items() for ask in as_tuple(group)]
-        shape = {i: (is_group(group), len(as_tuple(group))) for i, group in asked.items()}
-        under_way = answers.start(flat)
-        del asked, flat
+        order = sorted(asked)
+        shape = [(i, is_group(asked[i]), len(as_tuple(asked[i]))) for i in order]
+        under_way = answers.start([(layouts[i], ask) for i in order for ask in as_tuple(asked[i])])
+        del asked, mine
         yield
+        while under_way.advance():
+            yield
         results = iter(under_way.finish())
-        for i, (grouped, count) in shape.items():
+        for i, grouped, count in shape:
             got = tuple(next(results) for _ in range(count))
-            replies[i] = got if grouped else got[0]
+            replies.setdefault(speaks[i], {})[i] = got if grouped else got[0]
+
+
+def speaking(position: int, step: Asking) -> Asking:
+    """The step of one member, as `drive` wants it."""
+    reply: Any = None
+    while True:
+        try:
+            asked = step.send(reply)
+        except StopIteration:
+            return
+        reply = (yield {position: asked})[position]
 
 
 def buckets(items: Iterable[Item]) -> Iterator[list[Item]]:

@@ -203,7 +203,7 @@ def answers(ranks: list[Rank], asks: list[Any]) -> list[Tensor]:
 
 def reduced(ask: Sum | Mean) -> Tensor:
     x = ask.x.double()
-    return x.sum() if ask.dim is None else x.sum(ask.dim)
+    return x.sum() if ask.dim is None else x if ask.dim == () else x.sum(ask.dim)
 
 
 class Run:

@@ -49,6 +49,10 @@ class Round:
         self.counter.bytes += flat.numel() * flat.element_size()
         self.pending = (work, flat, members)
 
+    def advance(self) -> bool:
+        """Work that must be done before the last message can travel; whether another message is now on its way."""
+        return False
+
     def finish(self) -> list[Tensor]:
         while self.steps:
             work, flat, members = self.pending
@@ -109,6 +113,8 @@ def local_value(ask: Ask) -> Tensor:
         return ask.x
     if ask.dim is None:
         return ask.x.sum(dtype=torch.float64)
+    if ask.dim == ():
+        return ask.x
     return ask.x.sum(dim=ask.dim, dtype=torch.float64)
 
 
