@@ -23,6 +23,7 @@ from torch import nn
 from torch.func import functional_call
 
 import shardopt
+from benchmarks.quality_muon import CONTENDERS as MUON
 from launch import data
 from launch.config import Config
 from launch.model import Decoder
@@ -33,7 +34,7 @@ RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 SMALL = Config(
     dim=96, layers=3, heads=4, context=96, hidden=256, global_batch=16, steps=300, eval_batches=32, qk_norm=True
 )
-BASE = "adamw-fp32"
+BASES = {"muon": "muon-fp32-exact", "adamw": "adamw-fp32"}
 LONG = replace(SMALL, dim=128, layers=5, hidden=384, steps=1000)
 Make = Callable[..., torch.optim.Optimizer]
 """Groups and the shared settings to an optimizer."""
@@ -77,6 +78,14 @@ CONTENDERS: dict[str, Make] = {
 for signed in ("int8", "sqrt8", "dyn8", "int4", "dyn4", "fp8", "int4(block=64)", "dyn4(block=64)"):
     for second in ("log8", "root4", "dyn8", "log4", "factored", "fp32"):
         CONTENDERS[f"adamw-{signed}-{second}"] = adamw(mapped(signed, second))
+
+
+CONTENDERS.update(MUON)
+
+
+def base_of(name: str) -> str:
+    """What a contender is paired with: fp32 state, and for Muon an exact wire."""
+    return BASES["muon" if "muon" in name else "adamw"]
 
 
 def groups_of(model: nn.Module, lr: float, embed_lr: float) -> list[dict[str, Any]]:
@@ -160,13 +169,14 @@ def run(names: list[str], seeds: list[int], at: Settings, config: Config) -> Non
 
 
 def table(seeds: list[int]) -> None:
-    """Mean loss, and the mean and spread of the paired differences to fp32 state at the same settings and seeds."""
+    """Mean loss, and mean and spread of the paired differences to the base at the same settings and seeds."""
     rows = {(settings_of(row), row["name"], row["seed"]): row["loss"] for row in read() if row["seed"] in seeds}
     for at in sorted({key[0] for key in rows}, key=astuple):
         print(" ".join(f"{name} {value:g}" for name, value in asdict(at).items()))
         for name in dict.fromkeys(key[1] for key in rows if key[0] == at):
             losses = {key[2]: loss for key, loss in rows.items() if key[:2] == (at, name)}
-            pairs = [loss - rows[at, BASE, s] for s, loss in losses.items() if (at, BASE, s) in rows]
+            base = base_of(name)
+            pairs = [loss - rows[at, base, s] for s, loss in losses.items() if (at, base, s) in rows]
             difference = f"{statistics.mean(pairs):+9.5f}" if pairs else " " * 9
             spread = f"{statistics.stdev(pairs):8.5f}" if len(pairs) > 1 and all(map(isfinite, pairs)) else ""
             print(f"  {name:36} {len(losses):2} seeds {statistics.mean(losses.values()):9.5f} {difference} {spread}")
@@ -175,7 +185,7 @@ def table(seeds: list[int]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("what", choices=("run", "table", "names"))
-    parser.add_argument("--only", nargs="*", default=[BASE, "adamw-int8", "adamw-int4"])
+    parser.add_argument("--only", nargs="*", default=["adamw-fp32", "adamw-int8", "adamw-int4"])
     parser.add_argument("--seeds", nargs="*", type=int, default=[20, 21, 22])
     for field in fields(Settings):
         if field.name != "steps":

@@ -119,6 +119,30 @@ def temporaries(opt: Any, device: str) -> int:
     return most
 
 
+def launches(opt: Any, device: str) -> int | None:
+    """Kernels that one step launches on a GPU; calls of native kernels on a CPU, where only ours are known."""
+    if device == "cpu":
+        return len(opt.native.calls) if getattr(opt, "native", None) is not None else None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
+        opt.step()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in prof.events())
+
+
+def host(opt: Any, device: str) -> float | None:
+    """Seconds until a step returns while the device is still at work; on a CPU a step is all host."""
+    if device == "cpu":
+        return None
+    times = []
+    for _ in range(7):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        opt.step()
+        times.append(time.perf_counter() - began)
+    torch.cuda.synchronize()
+    return statistics.median(times)
+
+
 class Clock:
     """Seconds of a call, on the device."""
 
@@ -173,11 +197,14 @@ def measure(name: str, shapes: list[tuple[int, ...]], chosen: list[str], repeats
                 "ns_per_parameter": round(seconds / n * 1e9, 4),
                 "ms": round(seconds * 1e3, 3),
                 "bytes_per_parameter": round(bytes_ / n, 3),
+                "gb_per_s": round(bytes_ / seconds / 1e9, 2),
                 "of_copy_bandwidth": round(bytes_ / seconds / copy, 3),
                 "temporaries_per_parameter_byte": round(
                     temporaries(opt, device) / sum(p.numel() * p.element_size() for p in params), 4
                 ),
                 "first_step_ms": round(first * 1e3, 1),
+                "launches": launches(opt, device),
+                "host_ms": None if (spent := host(opt, device)) is None else round(spent * 1e3, 3),
             }
         )
     base = next((row["ms"] for row in rows if row["who"] == "torch fused"), None)
@@ -185,11 +212,35 @@ def measure(name: str, shapes: list[tuple[int, ...]], chosen: list[str], repeats
         row["of_torch_fused"] = round(row["ms"] / base, 3) if base else None
         print(
             f"{name:9} {row['who']:30} {row['ns_per_parameter']:9.3f} ns/p {row['ms']:9.2f} ms  x torch "
-            f"{row['of_torch_fused']}  of copy {row['of_copy_bandwidth']}  temporaries "
-            f"{row['temporaries_per_parameter_byte']}",
+            f"{row['of_torch_fused']}  {row['gb_per_s']} GB/s, {row['of_copy_bandwidth']} of copy  temporaries "
+            f"{row['temporaries_per_parameter_byte']}  launches {row['launches']}  host {row['host_ms']} ms",
             flush=True,
         )
     return rows
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Every contender's step beside torch's fused AdamW on fp32, one panel a set."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(row["set"] for row in rows if row["of_torch_fused"]))
+    if not names:
+        return
+    figure = Figure(figsize=(11, 1.2 + 0.28 * len({row["who"] for row in rows})), layout="constrained")
+    who = list(dict.fromkeys(row["who"] for row in rows))[::-1]
+    for axes, name in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names):
+        found = {row["who"]: row["of_torch_fused"] for row in rows if row["set"] == name}
+        for y, contender in enumerate(who):
+            if contender in found:
+                axes.barh(y, found[contender], color="tab:blue" if contender.startswith("shardopt") else "silver")
+                axes.text(found[contender], y, f" {found[contender]:.2f}", va="center", fontsize=8)
+        axes.set_xscale("log")
+        axes.set_xlim(0.02, 20 * max(found.values()))
+        axes.axvline(1, color="gray", linewidth=0.8)
+        axes.set_yticks(range(len(who)), who)
+        axes.set_title(name)
+    figure.supxlabel("time of a step / that of torch.optim.AdamW(fused=True) on fp32")
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -210,6 +261,7 @@ def main() -> None:
     head = {"torch": torch.__version__, "machine": machine, "threads": torch.get_num_threads()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+    draw(rows, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

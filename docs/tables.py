@@ -39,7 +39,8 @@ def kinds(cls: Any) -> str:
 def optimizers() -> str:
     rows = ["| optimizer | default state | what it is |", "|---|---|---|"]
     for cls in presets.PRESETS.values():
-        state = (cls.__init__.__kwdefaults__ or {}).get("state", "-")
+        told = [getattr(base.__init__, "__kwdefaults__", None) or {} for base in cls.__mro__]
+        state = next((defaults["state"] for defaults in told if "state" in defaults), "-")
         rows.append(f"| `{cls.__name__}` | `{state}` | {first_line(cls)} |")
     return "\n".join(rows)
 

@@ -61,7 +61,21 @@ def build(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         options["addons"] = [name.strip() for name in config.addons.split(",")]
     if config.state:
         options["state"] = config.state
-    return find(config.optimizer)(groups, nonfinite="skip", seed=config.seed, **options)
+    found = find(config.optimizer)
+    if issubclass(found, shardopt.Muon):
+        return routed(model, config, options)
+    return found(groups, nonfinite="skip", seed=config.seed, **options)
+
+
+def routed(model: nn.Module, config: Config, options: dict[str, Any]) -> torch.optim.Optimizer:
+    """Muon and its kin for matrices; embedding, head and vectors to AdamW in the same optimizer, at their own rates."""
+    for_all = {f"aux_{name}": options[name] for name in ("rounding",) if name in options}
+    for_all |= {"aux_betas": options.pop("betas")} if "betas" in options else {}
+    ends = config.embed_lr or config.lr
+    decay = config.weight_decay
+    name = config.optimizer.replace("_", "").replace("-", "").lower()
+    shared: dict[str, Any] = {"nonfinite": "skip", "seed": config.seed, "embedding_lr": ends, "head_lr": ends}
+    return shardopt.build_optimizer(model, name, weight_decay=decay, **shared, **for_all, **options)
 
 
 def bytes_per_parameter(optimizer: torch.optim.Optimizer) -> float:

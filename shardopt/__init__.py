@@ -7,20 +7,23 @@ from shardopt.addons import (
     CoupledDecay,
     GradientCentralization,
     Grams,
+    Mars,
     OrthoGrad,
     RMSClip,
     WeightDecay,
 )
 from shardopt.dtensor.checkpoint import load_checkpoint, save_checkpoint
 from shardopt.optimizer import ShardedOptimizer
-from shardopt.presets import SGD, Adafactor, Adam, AdamW, Lion, RMSprop
+from shardopt.presets import SGD, Adafactor, Adam, AdaMuon, AdamW, Lion, Muon, NorMuon, RMSprop
 from shardopt.recipe import Recipe
 from shardopt.report import StateBytes, state_bytes
+from shardopt.routing import build_optimizer, roles
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SGD",
+    "AdaMuon",
     "Adafactor",
     "Adam",
     "AdamW",
@@ -31,6 +34,9 @@ __all__ = [
     "GradientCentralization",
     "Grams",
     "Lion",
+    "Mars",
+    "Muon",
+    "NorMuon",
     "OrthoGrad",
     "RMSClip",
     "RMSprop",
@@ -38,7 +44,9 @@ __all__ = [
     "ShardedOptimizer",
     "StateBytes",
     "WeightDecay",
+    "build_optimizer",
     "load_checkpoint",
+    "roles",
     "save_checkpoint",
     "state_bytes",
 ]

@@ -58,7 +58,7 @@ class Wire(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """`work` of every matrix (last two dims) of the whole parameter, cut like x; the answer is float32.
+    """`work` of every matrix (last two dims) of the whole parameter, cut like x; announced by `Rule.whole`.
 
     work: a `shardopt.polar.Orthogonalizer`, (..., rows, cols) -> the same shape. mode: "full", every matrix is brought
     to one owner and its result back, bitwise the same on every mesh; "gram", the Gram matrix of the small side is
@@ -73,10 +73,11 @@ class Whole(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """A named state tensor, shaped like the parameter. signed: whether it can be negative."""
+    """A named state tensor, shaped like the parameter or, with `rows`, like its rows. signed: can be negative."""
 
     name: str
     signed: bool = True
+    rows: bool = False
 
 
 Ask = Sum | Mean | Max | Total

@@ -9,21 +9,23 @@ from torch import Tensor
 from shardopt.asks import EVERYWHERE, Asking, Sum, as_tuple, is_group
 from shardopt.codecs.noise import PARAMETER_STREAM
 from shardopt.item import Item, Policy, asks, pieces, viewed
+from shardopt.prelude import before, prepared
 from shardopt.recipe import Recipe
 from shardopt.rules import Hyper
 from shardopt.state import STEP, Slots, noise_of
 
 BUCKET_ELEMENTS = 1 << 26  # local elements of one bucket, by global facts: bounds what is alive in lock step
-ALIVE = 3  # buckets under way at once: one computes while the rounds of the others travel
+ALIVE = 3  # buckets under way at once: one computes while the messages of the others travel; 4 where replicas share
 
 
 def run(items: Sequence[Item], answers: Any, policy: Policy, native: Any = None) -> Tensor | None:
     """One step of all items. Returns None, or a 0-d bool: whether the step was taken (not skipped).
 
-    What asks nothing is stepped one parameter after another, by `native` (shardopt.kernels) where that has a kernel;
-    only the rest forms buckets, so that rounds are the same on every rank, whatever it can compile.
+    What asks nothing is stepped one parameter after another, what asks forms buckets. `native` (shardopt.kernels) steps
+    both where it has a kernel, and asks what the reference does: rounds are the same on every rank, whatever it can
+    compile.
     """
-    totals, taken = before(items, answers, policy)
+    totals, taken = before(items, answers, policy, native)
     if taken is not None and taken.device.type == "cpu" and not taken:
         return taken
     alone: list[Item] = []
@@ -34,11 +36,11 @@ def run(items: Sequence[Item], answers: Any, policy: Policy, native: Any = None)
         for asked in step_of(item, policy, totals, taken):
             raise AssertionError(f"{item.recipe.key()} asks {asked}, but says that it asks nothing")
     alive: list[Iterator[None]] = []
-    for bucket in buckets(asking):
-        steps = [speaking(i, step_of(item, policy, totals, taken)) for i, item in enumerate(bucket)]
-        alive.append(drive(steps, [item.layout for item in bucket], answers))
-        if len(alive) == ALIVE:
-            alive = advance(alive)
+    for bucket in in_buckets(asking, answers):
+        steps, left = native.passes(bucket, totals, policy, masked(taken)) if native else ([], range(len(bucket)))
+        steps = [*steps, *(speaking(i, step_of(bucket[i], policy, totals, taken)) for i in left)]
+        places = max(ALIVE, 1 + answers.scheduled.messages)
+        alive = advance([*alive, drive(steps, [item.layout for item in bucket], answers)], places)
     while alive:
         alive = advance(alive)
     return taken
@@ -49,10 +51,14 @@ def masked(taken: Tensor | None) -> Tensor | None:
     return taken if taken is not None and taken.device.type != "cpu" else None
 
 
-def advance(alive: list[Iterator[None]]) -> list[Iterator[None]]:
-    """One round of every bucket under way, in order; the first is then driven to its end, so that a place is free."""
-    going = [bucket for bucket in alive if next(bucket, STOPPED) is None]
-    if len(going) == ALIVE:
+def advance(alive: list[Iterator[None]], places: int = ALIVE) -> list[Iterator[None]]:
+    """One message of every bucket under way, the latest first; the first is then driven to its end if no place is free.
+
+    So a bucket's first message is on its way while the one before works on what came, and the result of the one
+    before that is waited for last of all.
+    """
+    going = [bucket for bucket in reversed(alive) if next(bucket, STOPPED) is None][::-1]
+    if len(going) == places:
         for _ in going.pop(0):
             pass
     return going
@@ -106,6 +112,15 @@ def speaking(position: int, step: Asking) -> Asking:
         reply = (yield {position: asked})[position]
 
 
+def in_buckets(items: Sequence[Item], answers: Any) -> Iterator[list[Item]]:
+    """What asks for whole matrices as it was planned, then the rest."""
+    wanted = [item.recipe.rule.whole(item.layout.geo.view) for item in items]
+    whole = [(item, want) for item, want in zip(items, wanted) if want is not None]
+    for bucket in answers.announce([(item.layout, want) for item, want in whole]):
+        yield [whole[i][0] for i in bucket]
+    yield from buckets(item for item, want in zip(items, wanted) if want is None)
+
+
 def buckets(items: Iterable[Item]) -> Iterator[list[Item]]:
     """By mesh and sharding axes as they first appear, then cut in registration order by GLOBAL sizes."""
     places: dict[Any, list[Item]] = {}
@@ -122,66 +137,6 @@ def buckets(items: Iterable[Item]) -> Iterator[list[Item]]:
             elements += share
             bucket.append(item)
         yield bucket
-
-
-def before(items: Sequence[Item], answers: Any, policy: Policy) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The one reduction in front of all rules: (totals by add-on name, whether the step is taken or None).
-
-    A total is the sum over the parameters whose recipe has the add-on.
-    """
-    asks: list[tuple[Any, Any]] = []
-    names: list[str] = []
-    for item in items:
-        adding = [addon for addon in item.recipe.addons if addon.before_round]
-        gradient = prepared(item, policy) if adding else None
-        for addon in adding:
-            asks.append((item.layout, addon.before(gradient)))
-            names.append(addon.name)
-    taken: Tensor | None = None if policy.found_inf is None else policy.found_inf.reshape(()) == 0
-    flags = nonfinite_flags(items) if policy.nonfinite == "skip" else []
-    results = answers.start(asks + flags[:1]).finish() if asks or flags else []
-    totals: dict[str, Tensor] = {}
-    for name, value in zip(names, results):
-        totals[name] = totals[name] + value.to(totals[name].device) if name in totals else value
-    if flags:
-        bad = results[-1]
-        for layout, ask in flags[1:]:  # meshes of other ranks: each hears what the one before found
-            (bad,) = answers.start([(layout, ask._replace(x=bad.to(ask.x.device)))]).finish()
-        taken = bad == 0 if taken is None else taken.to(bad.device) & (bad == 0)
-    return totals, taken
-
-
-def nonfinite_flags(items: Sequence[Item]) -> list[tuple[Any, Any]]:
-    """One count of non-finite gradient elements of this rank, asked on every axis of the meshes that join all ranks.
-
-    The largest mesh comes first; others only where they reach ranks that it does not.
-    """
-    if not items:
-        return []
-    count = sum((nonfinite_count(item.grad).to(items[0].grad.device) for item in items), start=torch.zeros(()).double())
-    meshes: dict[int, Any] = {}  # one layout a mesh: a step must not compare the ranks of every parameter
-    for item in items:
-        meshes.setdefault(id(item.layout.mesh), item.layout)
-    layouts = sorted(meshes.values(), key=lambda layout: -layout.mesh_ranks.numel())
-    chosen: list[Any] = []
-    for layout in layouts:
-        if not chosen or not any(set(layout.mesh_ranks.tolist()) <= set(c.mesh_ranks.tolist()) for c in chosen):
-            chosen.append(layout)
-    return [(layout, Sum(count, over=EVERYWHERE)) for layout in chosen]
-
-
-def nonfinite_count(grad: Tensor) -> Tensor:
-    return (~torch.isfinite(grad)).sum().double()
-
-
-def prepared(item: Item, policy: Policy) -> Tensor:
-    """The gradient as the rule sees it: fp32, local view, unscaled, finite where asked, its sign turned to maximize."""
-    g = item.layout.view(item.grad).float()
-    if policy.grad_scale is not None:
-        g = g / policy.grad_scale.to(g.device)
-    if policy.nonfinite == "zero":
-        g = torch.where(torch.isfinite(g), g, 0.0)
-    return -g if item.group.get("maximize") else g
 
 
 def step_of(item: Item, policy: Policy, totals: dict[str, Tensor], taken: Tensor | None) -> Asking:

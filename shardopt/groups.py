@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from shardopt.addons import Addon
+from shardopt.codecs import view_shape
 from shardopt.recipe import Recipe, addons_of
 from shardopt.rules import Rule
 
@@ -95,6 +96,13 @@ def rebuilt(recipe: Recipe, rule: Rule, changes: Mapping[str, Any]) -> Recipe:
 
 def is_decay(addon: Addon) -> bool:
     return "weight_decay" in addon.defaults()
+
+
+def unfit(recipe: Recipe, p: Tensor) -> str | None:
+    """Why the recipe cannot step on a parameter like this, if it cannot: the end of a sentence about it."""
+    if not p.is_floating_point():
+        return f"is {p.dtype}; only real floating-point parameters can be optimized"
+    return recipe.rule.unfit(view_shape(tuple(p.shape)))
 
 
 def not_zero(value: Any) -> bool:

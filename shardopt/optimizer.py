@@ -18,8 +18,9 @@ from shardopt.dtensor.answer import Answers
 from shardopt.dtensor.gradient import local_gradient
 from shardopt.dtensor.layout import Layout, checked_layout, local_of
 from shardopt.dtensor.loading import load_groups, load_states
-from shardopt.groups import COMMON, complete, settled
+from shardopt.groups import COMMON, complete, settled, unfit
 from shardopt.kernels import Native
+from shardopt.prelude import agreed, skipped
 from shardopt.recipe import Recipe
 from shardopt.report import explain
 from shardopt.state import make_state
@@ -90,10 +91,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self.native.accept(recipe)
         super().add_param_group(group)
         for p in group["params"]:
-            if not p.is_floating_point():
+            if why := unfit(recipe, p):
                 name = self.name_of(p)
                 self.param_groups.pop()
-                raise ValueError(f"{name} is {p.dtype}; only real floating-point parameters can be optimized")
+                raise ValueError(f"{name} {why}")
         self._recipes.append((group, recipe))
 
     @property
@@ -170,16 +171,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.state: Any = wrapped
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("recipe", "nonfinite", "seed", "fused", "calls", "_given", "_skipped")
-        kept = {name: self.__dict__[name] for name in names}
+        kept = {n: self.__dict__[n] for n in ("recipe", "nonfinite", "seed", "fused", "calls", "_given", "_skipped")}
         return {**super().__getstate__(), **kept, "state": self.state.plain(), "_recipes": self.recipes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("answers", Answers())
         self.__dict__.setdefault("native", Native.chosen(self.fused))
-        kept: Any = self._recipes
-        self._recipes = list(zip(self.param_groups, kept))
+        self._recipes = list(zip(self.param_groups, self._recipes))  # type: ignore[arg-type]
         self._plans, self._made_for = {}, {}
         self._stepped = set(self.state) if self.calls else set()
         self._adopt(self.state)
@@ -229,8 +228,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         policy = engine.Policy(self.nonfinite, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         known = self.param_groups, self.recipes, self.state, policy
-        if self.calls and self.native is not None and self.native.again(*known):
-            self.calls += 1
+        if self.calls and self.native is not None and (again := self.native.again(*known, self.answers, agreed)):
+            self.calls, self._skipped = self.calls + 1, skipped(self._skipped, *again)
             return loss
         self.make_states()
         items = self.items()
@@ -244,9 +243,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         taken = engine.run(items, self.answers, policy, self.native)
         if self.native is not None:
             self.native.remember(*known)
-        if taken is not None:
-            missed = (~taken).to(torch.int64)
-            self._skipped = missed if self._skipped is None else self._skipped.to(missed.device) + missed
+        for recipe, group in zip(self.recipes, self.param_groups):
+            recipe.rule.stepped(group)
+        self._skipped = skipped(self._skipped, taken)
         return loss
 
     def settle(self) -> None:

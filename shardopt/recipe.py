@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from shardopt.addons import ADDONS, Addon
+from shardopt.addons.variance import beta_of
 from shardopt.asks import Slot
 from shardopt.codecs import Codec, codec
 from shardopt.codecs.presets import resolve_state
@@ -42,6 +43,8 @@ class Recipe:
         if self.update_from not in ("fresh", "stored"):
             raise ValueError(f"update_from is {self.update_from!r}; it must be 'fresh' or 'stored'")
         check_addons(self.rule, self.addons)
+        for name in self.rule.formats():
+            codec(name)
         resolved = isinstance(self.state, tuple) and all(isinstance(pair, tuple) for pair in self.state)
         put(self, "spec", dict(self.state) if resolved else self.state)
         put(self, "state", resolve_state(self.spec, self.slots(), type(self.rule).__name__))
@@ -119,5 +122,7 @@ def check_addons(rule: Rule, addons: tuple[Addon, ...]) -> None:
         raise ValueError(f"rms_clip does nothing with {rule.name}, whose update has RMS 1; drop it")
     if rule.sign_like and "grams" in names:
         raise ValueError(f"grams makes {rule.name} the sign of the gradient; drop it or use another rule")
+    if "mars" in names and not beta_of(rule):
+        raise ValueError(f"mars weighs gradients by the rule's momentum, but {rule.name} has none; drop it")
     if getattr(rule, "atan2", False) and "rms_clip" in names:
         raise ValueError("atan2 already bounds the update: rms_clip excludes it; drop one of them")

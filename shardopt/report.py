@@ -68,12 +68,26 @@ def explain(opt: Any) -> str:
         )
         for words, count in formats(opt, recipe, params).items():
             lines.append(f"  {count} with {words}")
+        if caveat := recipe.rule.caveat():
+            lines.append(f"  {caveat}")
     answers = opt.answers
+    lines += matrices(answers)
     lines.append(
         f"so far: {opt.calls} steps, {answers.rounds} rounds of asks, {answers.collectives} collectives, "
         f"{answers.bytes:,} bytes a rank"
     )
     return "\n".join(lines)
+
+
+def matrices(answers: Any) -> list[str]:
+    """How whole matrices were planned, by mesh: a summary, then shapes, their modes and why; empty before a step."""
+    lines = []
+    for plan in {id(task.plan): task.plan for task in answers.scheduled.tasks.values()}.values():
+        lines += ["whole matrices:", *(f"  {line}" for line in plan.summary().splitlines())]
+        kinds = [(member.shape, mode, why) for member, mode, why in zip(plan.members, plan.modes, plan.why)]
+        for shape, mode, why in dict.fromkeys(kinds):
+            lines.append(f"  {kinds.count((shape, mode, why))} of {shape}: {mode}{f' ({why})' if why else ''}")
+    return lines
 
 
 def formats(opt: Any, recipe: Any, params: list[Tensor]) -> dict[str, int]:

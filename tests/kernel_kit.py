@@ -1,14 +1,15 @@
 """Stepping one case of the table twice, by the reference and by kernels, and comparing every bit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import shardopt
-from shardopt.kernels import NoTwin, key_at
-from tests.table import DTYPES, Case, cover, gradients, weights
+from shardopt.kernels import Key, NoTwin, key_at
+from tests.table import DTYPES, Case, cover, gradients, pairs_of, weights
 
 GRADIENTS = {  # of these parameters: every pairing of dtypes meets
     torch.float32: (torch.float32, torch.bfloat16, torch.float16),
@@ -25,20 +26,32 @@ class Difference(NamedTuple):
     largest: float
 
 
-def native_cases() -> Iterator[tuple[Case, torch.dtype]]:
-    """Every case of the cover whose recipe has a twin, its parameters' and gradients' dtypes paired in turn.
-
-    update_from is "fresh": the parity option has no twin.
-    """
-    every = [*cover(), *cover(seed=7)[:100]]
-    for i, case in enumerate(dict.fromkeys(case._replace(source="fresh") for case in every)):
+def paired(cases: Iterable[Case]) -> Iterator[tuple[Case, torch.dtype, Key]]:
+    """The cases whose recipe has a twin, their parameters' and gradients' dtypes paired in turn."""
+    for i, case in enumerate(dict.fromkeys(cases)):
         dtype = DTYPES[case.dtype]
         gradient = GRADIENTS[dtype][i % 3]
-        try:
-            key_at(case.recipe(), case.shape, dtype, gradient)
-        except NoTwin:
-            continue
-        yield case, gradient
+        with suppress(NoTwin):
+            yield case, gradient, key_at(case.recipe(), case.shape, dtype, gradient)
+
+
+def native_cases() -> Iterator[tuple[Case, torch.dtype]]:
+    """Every case of the cover whose recipe asks nothing and steps from fresh values."""
+    every = (case._replace(source="fresh") for case in [*cover(), *cover(seed=7)[:100]])
+    yield from ((case, gradient) for case, gradient, key in paired(every) if not key.passes)
+
+
+def asking_cases(count: int = 40) -> list[tuple[Case, torch.dtype]]:
+    """So many cases of kernels in passes, or from what is stored, that between them meet as many pairs as can be."""
+    left = [(case, gradient) for case, gradient, key in paired(cover()) if key.passes]
+    chosen: list[tuple[Case, torch.dtype]] = []
+    met: set[Any] = set()
+    for _ in range(count):
+        best = max(left, key=lambda one: len(pairs_of(one[0]) - met))
+        left.remove(best)
+        chosen.append(best)
+        met |= pairs_of(best[0])
+    return chosen
 
 
 def optimizer_of(case: Case, dtype: torch.dtype, gradient: torch.dtype, **options: Any) -> Any:

@@ -12,6 +12,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import shardopt
 from shardopt import Recipe, ShardedOptimizer
+from shardopt.codecs import view_shape
 from shardopt.rules import AdamW, Rule
 from tests.table import STATES
 
@@ -69,11 +70,15 @@ def build(layout: str, world_size: int = 1, *, model: type[nn.Module] | None = N
 
 
 def optimizer(model: nn.Module, state: str, rule: Rule | None = None, rounding: str = "stochastic") -> ShardedOptimizer:
-    """With the codecs of a row of the table."""
-    rule = rule or AdamW(lr=1e-2, betas=(0.83, 0.957))
-    signed, positive = STATES[state]
-    recipe = Recipe(rule, {"signed": signed, "non_negative": positive}, ("decay",), rounding)
-    return ShardedOptimizer(model.parameters(), recipe, weight_decay=0.1)
+    """With the codecs of a row of the table; what a rule is not defined on goes to AdamW."""
+    adamw = AdamW(lr=1e-2, betas=(0.83, 0.957))
+    rule = rule or adamw
+    formats = dict(zip(("signed", "non_negative"), STATES[state]))
+    every = list(model.parameters())
+    unfit = [p for p in every if rule.unfit(view_shape(tuple(p.shape)))]
+    groups: list[dict[str, Any]] = [{"params": [p for p in every if all(p is not q for q in unfit)]}]
+    groups += [{"params": unfit, "recipe": Recipe(adamw, formats, ("decay",), rounding)}] if unfit else []
+    return ShardedOptimizer(groups, Recipe(rule, formats, ("decay",), rounding), weight_decay=0.1)
 
 
 def cut(full: Tensor, like: Tensor) -> Tensor:

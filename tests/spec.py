@@ -97,6 +97,13 @@ def step(options: Any, addons: tuple[str, ...], weight_decay: float, ps: list, g
         if "orthograd" in addons:
             rest = g - (p * g).sum() / ((p * p).sum() + 1e-30) * p
             g = rest * (g.norm() / rest.norm()) if rest.norm() > 1e-6 * g.norm() else 0.0 * g
+        if "mars" in addons:
+            beta = (
+                options.betas[0] if hasattr(options, "betas") else getattr(options, "beta1", None) or options.momentum
+            )
+            c = g + 0.025 * beta / (1 - beta) * (g - s.get("last", g))
+            s["last"] = g
+            g = c / max(1.0, float(c.norm()))
         if options.name == "adafactor":
             u, rate, decay_rate = adafactor(p, g, s, t, options)
         else:

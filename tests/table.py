@@ -70,6 +70,7 @@ ADDONS: dict[str, tuple[str, ...]] = {
     "clip": ("clip_by_global_norm", "decay"),
     "centralized": ("gradient_centralization",),
     "orthograd": ("orthograd", "decay"),
+    "mars": ("mars", "decay"),
     "all": ("clip_by_global_norm", "gradient_centralization", "orthograd", "cautious", "cautious_decay"),
 }
 WEIGHT_DECAY = 0.13

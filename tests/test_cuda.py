@@ -79,6 +79,30 @@ def test_kernels_in_a_cuda_graph():
     assert all(torch.equal(a, b) for a, b in zip(run(True), run(False)))
 
 
+@pytest.mark.parametrize("name", ["Muon", "NorMuon", "AdaMuon"])
+def test_muon_iterates_in_half_precision(name):
+    """fp16 on the GPU beside fp32 on the CPU, without waiting for the device. Kills: an iteration in another format,
+    a wire whose codes depend on the device."""
+
+    def run(device: str) -> torch.Tensor:
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(96, 256).to(device))
+        opt = getattr(shardopt, name)([p], lr=0.05, weight_decay=0.0)
+        for step in range(4):
+            p.grad = gradients(step, [(96, 256)])[0].to(device)
+            if step == 3 and device == "cuda":
+                with no_synchronisation():
+                    opt.step()
+            else:
+                opt.step()
+        return p.detach().cpu()
+
+    torch.manual_seed(0)
+    start = torch.randn(96, 256)
+    a, b = run("cuda"), run("cpu")
+    assert (a - b).norm() <= 0.03 * (b - start).norm()
+
+
 @contextmanager
 def no_synchronisation():
     torch.cuda.set_sync_debug_mode("error")

@@ -180,6 +180,15 @@ def test_adafactor_modes(eps, second):
         assert run_against_spec(made, ("decay",), steps=6, shapes=((7, 15), (7,), (5, 3, 40))) < SPEC, mode
 
 
+def test_mars_begins_with_the_gradient_itself():
+    """Kills: a first step against a last_grad of zero, which is gamma beta / (1 - beta) too long."""
+    p, q = tensors([(7, 15)])[0], tensors([(7, 15)])[0]
+    p.grad, q.grad = draws([(7, 15)], 1)[0][0], draws([(7, 15)], 1)[0][0]
+    shardopt.SGD([p], lr=1.0, momentum=0.9, state="fp32", addons=[shardopt.Mars(clip=False)]).step()
+    torch.optim.SGD([q], lr=1.0, momentum=0.9).step()
+    assert p.equal(q)
+
+
 def test_clip_by_global_norm_is_clip_grad_norm():
     """Over all tensors at once. Kills: a norm of each parameter for itself."""
     mine, other = tensors(SHAPES), tensors(SHAPES)

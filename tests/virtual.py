@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from shardopt.asks import Max, Mean, Sum, as_tuple, is_group
+from shardopt.asks import Max, Mean, Sum, Whole, as_tuple, is_group
+from shardopt.codecs import codec
 from shardopt.codecs.geometry import Geometry
 from shardopt.engine import Item, Policy, prepared, step_of
 from shardopt.recipe import Recipe
@@ -177,6 +178,8 @@ def answers(ranks: list[Rank], asks: list[Any]) -> list[Tensor]:
     """The answers to the same ask of all ranks: combined over the ranks that differ along the dims asked about."""
     ask = asks[0]
     assert all(type(other) is type(ask) for other in asks)
+    if isinstance(ask, Whole):
+        return worked(ranks, asks)
     over = ask.over if ask.over is not None or isinstance(ask, Max) else ask.dim
     local = [other.x if isinstance(ask, Max) else reduced(other) for other in asks]
     heard = []
@@ -199,6 +202,32 @@ def answers(ranks: list[Rank], asks: list[Any]) -> list[Tensor]:
                 value = value / max(1, view[dim])
         heard.append(value if value.ndim == 0 else value.to(torch.float32))
     return heard
+
+
+def worked(ranks: list[Rank], asks: list[Whole]) -> list[Tensor]:
+    """The work of the assembled matrices, each format applied to all of them, cut as they were."""
+    work, wire, mode = asks[0][1:]
+    if mode == "local":
+        return [work(ask.x) if ask.x.numel() else ask.x for ask in asks]
+    x = assemble(ranks, [rank.lines for rank in ranks], [ask.x for ask in asks], ranks[0].geo.view)
+    y = sent(work(sent(x, wire.there)), wire.back)
+    found = []
+    for rank in ranks:
+        piece = y
+        for dim, line in enumerate(rank.lines):
+            piece = piece.index_select(dim, line)
+        found.append(piece)
+    return found
+
+
+def sent(x: Tensor, spec: str) -> Tensor:
+    """What arrives of x."""
+    form, geo = codec(spec).for_slot(True), Geometry(tuple(x.shape), tuple(((0, n),) for n in x.shape), ((),) * x.ndim)
+    try:
+        next(form.encode(x, geo, None))
+    except StopIteration as stop:
+        return form.decode(stop.value, geo)
+    raise AssertionError("a whole tensor has nothing to ask")
 
 
 def reduced(ask: Sum | Mean) -> Tensor:
@@ -234,7 +263,7 @@ class Run:
         replies: list[Any] = [None] * len(steps)
         while (asked := advance(steps, replies)) is not None:
             columns = [answers(self.ranks, list(same)) for same in zip(*(as_tuple(a) for a in asked))]
-            self.sums += sum(not isinstance(ask, Max) for ask in as_tuple(asked[0]))
+            self.sums += sum(isinstance(ask, Sum | Mean) for ask in as_tuple(asked[0]))
             replies = [group if is_group(asked[0]) else group[0] for group in zip(*columns)]
 
     def parameter(self) -> Tensor:

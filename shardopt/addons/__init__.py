@@ -4,6 +4,7 @@ from shardopt.addons.base import Addon
 from shardopt.addons.decay import CautiousDecay, WeightDecay
 from shardopt.addons.gradient import ClipByGlobalNorm, CoupledDecay, GradientCentralization, OrthoGrad
 from shardopt.addons.update import Cautious, Grams, RMSClip
+from shardopt.addons.variance import Mars
 
 ADDONS: dict[str, type[Addon]] = {
     addon.name: addon
@@ -12,6 +13,7 @@ ADDONS: dict[str, type[Addon]] = {
         CoupledDecay,
         GradientCentralization,
         OrthoGrad,
+        Mars,
         Grams,
         RMSClip,
         Cautious,
@@ -29,6 +31,7 @@ __all__ = [
     "CoupledDecay",
     "GradientCentralization",
     "Grams",
+    "Mars",
     "OrthoGrad",
     "RMSClip",
     "WeightDecay",

@@ -1,8 +1,6 @@
 """The codecs: storage formats of state tensors, by name."""
 
-import ast
 from dataclasses import fields
-from typing import Any
 
 from shardopt.codecs.base import Codec, Part, Parts
 from shardopt.codecs.block import Fp8, Int8, Root4, Sqrt8
@@ -12,39 +10,35 @@ from shardopt.codecs.geometry import Geometry, view_shape
 from shardopt.codecs.log import Log4, Log8, Log16
 from shardopt.codecs.packed import Int4
 from shardopt.codecs.plain import Bf16, Fp16, Fp32
+from shardopt.codecs.rows import Rows
+from shardopt.spelling import spelled
 
 CODECS: dict[str, type[Codec]] = {
     cls.name: cls for cls in (Fp32, Bf16, Fp16, Int8, Sqrt8, Dyn8, Root4, Log8, Log16, Int4, Dyn4, Log4, Fp8, Factored)
 }
+
+FIXED: dict[str, type[Codec]] = {Rows.name: Rows}  # formats that a slot's shape decides, never the user
 
 
 def codec(spec: Codec | str) -> Codec:
     """The codec of a name ("int8"), of a name with options ("int8(block=128)", as `describe` writes) or of itself."""
     if isinstance(spec, Codec):
         return spec
-    name, options = _parse(spec)
-    if name not in CODECS:
+    try:
+        name, options = spelled(spec)
+    except (ValueError, AttributeError):
+        raise ValueError(
+            f"a codec is a Codec, a name or 'name(option=value, ...)', got {spec!r}. Write e.g. 'int8(block=128)'."
+        ) from None
+    known_codecs = CODECS | FIXED
+    if name not in known_codecs:
         raise ValueError(f"no codec is named {name!r} (from {spec!r}). Use one of {', '.join(CODECS)}.")
-    allowed = [f.name for f in fields(CODECS[name]) if not f.name.startswith("_")]
+    allowed = [f.name for f in fields(known_codecs[name]) if not f.name.startswith("_")]
     for option in options:
         if option not in allowed:
             known = f"has the options {', '.join(allowed)}" if allowed else "has no options"
             raise ValueError(f"{name} got the option {option!r} (from {spec!r}), but {known}. Leave {option!r} out.")
-    return CODECS[name](**options)
-
-
-def _parse(spec: str) -> tuple[str, dict[str, Any]]:
-    """Name and options; only literals are read, nothing is evaluated."""
-    try:
-        node = ast.parse(spec.strip(), mode="eval").body
-        call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-        if isinstance(call.func, ast.Name) and not call.args and all(k.arg for k in call.keywords):
-            return call.func.id, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError, AttributeError, TypeError):
-        pass
-    raise ValueError(
-        f"a codec is a Codec, a name or 'name(option=value, ...)', got {spec!r}. Write e.g. 'int8(block=128)'."
-    )
+    return known_codecs[name](**options)
 
 
 def check_slot(codec: Codec, slot: str, signed: bool, rule: str) -> None:

@@ -13,7 +13,7 @@ from shardopt.codecs.geometry import Geometry
 from shardopt.codecs.rounding import LEAST, dither, keep_positive, round_nearest, round_stochastic, uniform
 from shardopt.ieee import sqrt
 
-TOLERANCE = 1e-6  # relative error of a code that was decoded and divided by its scale again: at most 4e-7
+TOLERANCE = 2.0**-20  # relative error of a code that was decoded and divided by its scale again: at most 4e-7
 
 
 @dataclass(frozen=True, kw_only=True)

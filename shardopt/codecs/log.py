@@ -10,7 +10,8 @@ octaves. The range is at least one octave, so that two codes are never the same 
 What makes encode(decode(s)) == s: log2 and exp2 are evaluated in float64 (which also makes them independent of an
 element's place in the tensor); hi and lo are rounded to multiples of 2^-20, wider than a float32's logarithm is
 uncertain, so that a decoded extreme finds them again; and t counts as a whole number within 2^-19 octaves of one,
-far below the 1.4e-3 octaves of a step of decay .999. t itself is float32: 2^-23 of its largest value is added.
+far below the 1.4e-3 octaves of a step of decay .999. t may be worked out in float32: 2^-22 of its largest value is
+added.
 """
 
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ class Log8(Rounded):
         steps = self.levels - 1
         t = ((x.to(torch.float64).log2() - blocks.spread(lo)) * blocks.spread(rate)).to(torch.float32)
         if self.stochastic:
-            tolerance = (rate * TOLERANCE + steps * 2.0**-23).to(torch.float32)  # octaves, and what float32 rounds
+            tolerance = (rate * TOLERANCE + steps * 2.0**-22).to(torch.float32)  # octaves, and what float32 rounds
             t = dither(t, uniform(noise()), blocks.spread(tolerance))
         q = torch.where(x == 0, 0, t.round().nan_to_num(0.0).clamp(0, steps) + 1)
         return {self.name: self.store(q), f"{self.name}_lo": lo, f"{self.name}_range": span}

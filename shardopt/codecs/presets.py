@@ -5,6 +5,7 @@ from typing import Any
 
 from shardopt.asks import Slot
 from shardopt.codecs import CODECS, Codec, check_slot, codec
+from shardopt.codecs.rows import Rows
 
 # (signed slots, non-negative slots); chosen by paired-seed training runs: docs/quality.md
 PRESETS: dict[str, tuple[str, str]] = {
@@ -20,7 +21,8 @@ def resolve_state(spec: Any, slots: Iterable[Slot], rule: str) -> tuple[tuple[st
     """The codec of every slot, in slot order.
 
     spec: a preset's name; a codec (object or name) for all slots; "slot=codec,slot=codec"; or a mapping from slot
-    names, or "signed" / "non_negative", to codecs. Slots that a mapping leaves out are fp32.
+    names, or "signed" / "non_negative", to codecs. Slots that a mapping leaves out are fp32. Slots that hold one number
+    a row have a format of their own.
     """
     slots = tuple(slots)
     if isinstance(spec, str) and "=" in spec.split("(")[0]:
@@ -35,14 +37,17 @@ def resolve_state(spec: Any, slots: Iterable[Slot], rule: str) -> tuple[tuple[st
         spec = {"signed": spec, "non_negative": spec}
     if not isinstance(spec, Mapping):
         raise ValueError(f"state is {spec!r}; give a preset, a codec, or a mapping from slot names to codecs")
-    known = {slot.name for slot in slots} | {"signed", "non_negative"}
+    known = {slot.name for slot in slots if not slot.rows} | {"signed", "non_negative"}
     if unknown := sorted(set(spec) - known):
         raise ValueError(
             f"state names {', '.join(unknown)}, but the slots of {rule} are "
-            f"{', '.join(slot.name for slot in slots) or 'none'} (or use signed, non_negative)"
+            f"{', '.join(slot.name for slot in slots if not slot.rows) or 'none'} (or use signed, non_negative)"
         )
-    resolved = []
+    resolved: list[tuple[str, Codec]] = []
     for slot in slots:
+        if slot.rows:
+            resolved.append((slot.name, Rows()))
+            continue
         chosen = codec(spec.get(slot.name, spec.get("signed" if slot.signed else "non_negative", "fp32")))
         check_slot(chosen, slot.name, slot.signed, rule)
         resolved.append((slot.name, chosen.for_slot(slot.signed)))

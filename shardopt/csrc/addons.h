@@ -1,58 +1,191 @@
 // What is done to the gradient, the direction and the decay: the twins of shardopt/addons/ and of engine.prepared.
 // Each has `numbers` doubles of its own and one method of its stage; Chain runs several in order.
 #pragma once
-#include "platform.h"
+#include "asking.h"
 
 namespace shardopt {
 
 // gradient: g -> g -------------------------------------------------------------------------------------------------
 
-struct Unscale {  // GradScaler's; numbers: grad_scale
+struct Unscale : Silent {  // GradScaler's; numbers: grad_scale
   static constexpr int numbers = 1;
   HD static float apply(float, float g, float, const float* n) { return g / n[0]; }
 };
-struct ZeroNonfinite {
+struct ZeroNonfinite : Silent {
   static constexpr int numbers = 0;
   HD static float apply(float, float g, float, const float*) { return (bits(g) & inf_bits) == inf_bits ? 0.0f : g; }
 };
-struct Maximize {
+struct Maximize : Silent {
   static constexpr int numbers = 0;
   HD static float apply(float, float g, float, const float*) { return -g; }
 };
-struct ClipByGlobalNorm {  // numbers: the factor, from the norm of all gradients
+struct ClipByGlobalNorm : Silent {  // numbers: the factor, from the norm of all gradients
   static constexpr int numbers = 1;
   HD static float apply(float, float g, float, const float* n) { return g * n[0]; }
 };
-struct CoupledDecay {  // numbers: weight_decay
+struct CoupledDecay : Silent {  // numbers: weight_decay
   static constexpr int numbers = 1;
+  static constexpr bool weighs = true;
   HD static float apply(float p, float g, float, const float* n) { return n[0] == 0 ? g : g + p * n[0]; }
+};
+struct Centralize {  // of matrices; known: the row's mean
+  static constexpr int numbers = 0, known = 1, rounds = 1;
+  static constexpr bool by_row = true, weighs = false;
+  HD static constexpr Wants wants(int) { return {0, true, false}; }
+  template <int>
+  HD static void want(float, float g, float, const float*, float* w) {
+    w[0] = g;
+  }
+  HD static void learn(int, const double*, const double*, float*) {}
+  HD static float apply(float, float g, float, const float* n) { return g - n[0]; }
+};
+struct OrthoGrad {  // known: <p, g> / ||p||^2; ||g|| / ||h||
+  static constexpr int numbers = 0, known = 2, rounds = 2;
+  static constexpr bool by_row = false, weighs = true;
+  HD static constexpr Wants wants(int round) { return {round == 0 ? 3 : 1, false, false}; }
+  HD static float rest(float p, float g, const float* n) { return g - p * n[0]; }
+  template <int ROUND>
+  HD static void want(float p, float g, float, const float* n, float* w) {
+    if constexpr (ROUND == 0) {
+      w[0] = p * g, w[1] = p * p, w[2] = g * g;
+    } else {
+      float h = rest(p, g, n);
+      w[0] = h * h;
+    }
+  }
+  HD static void learn(int rounds, const double* heard, const double*, float* n) {
+    n[0] = (float)(heard[0] / (heard[1] + 1e-30));
+    if (rounds == 2) n[1] = (float)sqrt(heard[3] > 1e-12 * heard[2] ? heard[2] / heard[3] : 0.0);
+  }
+  HD static float apply(float p, float g, float, const float* n) { return rest(p, g, n) * n[1]; }
 };
 
 // direction: u -> u --------------------------------------------------------------------------------------------------
 
-struct Grams {
+struct Grams : Silent {
   static constexpr int numbers = 0;
   HD static float apply(float, float g, float u, const float*) { return size(u) * sign(g); }
+};
+struct RMSClip {  // numbers: d; known: what u is divided by
+  static constexpr int numbers = 1, known = 1, rounds = 1;
+  static constexpr bool by_row = false, weighs = false;
+  HD static constexpr Wants wants(int) { return {1, false, false}; }
+  template <int>
+  HD static void want(float, float, float u, const float*, float* w) {
+    w[0] = u * u;
+  }
+  HD static void learn(int, const double* heard, const double* given, float* n) {
+    n[1] = (float)clip_of(heard[0], given[0]);
+  }
+  HD static float apply(float, float, float u, const float* n) { return u / n[1]; }
+};
+template <bool ACTIVE>
+struct Cautious {  // numbers: floor; known: the share of those that agree
+  static constexpr int numbers = 1, known = 1, rounds = 1;
+  static constexpr bool by_row = false, weighs = false;
+  HD static constexpr Wants wants(int) { return {2, false, false}; }
+  HD static float agrees(float g, float u) { return u * g > 0 ? 1.0f : 0.0f; }
+  template <int>
+  HD static void want(float, float g, float u, const float*, float* w) {
+    w[0] = agrees(g, u), w[1] = ACTIVE && g == 0 ? 0.0f : 1.0f;
+  }
+  HD static void learn(int, const double* heard, const double* given, float* n) {
+    double share = heard[0] / (heard[1] < 1 ? 1 : heard[1]);
+    n[1] = (float)(share < given[0] ? given[0] : share);
+  }
+  HD static float apply(float, float g, float u, const float* n) { return u * agrees(g, u) / n[1]; }
 };
 
 // decay: what is added to delta; numbers: weight_decay -----------------------------------------------------------------
 
-struct WeightDecay {
+struct WeightDecay : Silent {
   static constexpr int numbers = 1;
   HD static float term(float p, float, const float* n) { return p * n[0]; }
 };
-struct CautiousDecay {
+struct CautiousDecay : Silent {
   static constexpr int numbers = 1;
   HD static float term(float p, float u, const float* n) { return (u * p >= 0 ? p : 0.0f) * n[0]; }
 };
 
 template <class... A>
 struct Chain {
-  static constexpr int numbers = (0 + ... + A::numbers);
-  template <bool DIRECTION>
-  HD static float apply(float p, float g, float u, const float* n) {
+  static constexpr int count = sizeof...(A);
+  template <int I>
+  using at = typename At<I, A..., void>::type;
+  static constexpr int numbers = (0 + ... + A::numbers);                // given
+  static constexpr int floats = (0 + ... + (A::numbers + A::known));    // held: every item's numbers, what it knows
+  static constexpr int rounds = (0 + ... + A::rounds);
+  static constexpr int asks = (0 + ... + asks_of<A>(A::rounds));
+  static constexpr bool by_row = (false || ... || A::by_row);
+
+  struct Before {  // what the items before one have
+    int numbers = 0, floats = 0, rounds = 0, asks = 0;
+  };
+  static constexpr Before before(int item) {
+    Before found;
+    int i = 0;
+    ((found = i++ < item ? Before{found.numbers + A::numbers, found.floats + A::numbers + A::known,
+                                  found.rounds + A::rounds, found.asks + asks_of<A>(A::rounds)}
+                         : found),
+     ...);
+    return found;
+  }
+  static constexpr Wants wants(int round) {
+    Wants found;
+    ((found = round >= 0 && round < A::rounds ? A::wants(round) : found, round -= A::rounds), ...);
+    return found;
+  }
+
+  static constexpr bool weighs(int pass) {  // whether any item up to that round reads p
+    int i = 0;
+    return (false || ... || (before(i++).rounds <= pass && A::weighs));
+  }
+
+  HD static void derive(const double* given, float* n) {
+    (((Chain::copy<A::numbers>(given, n)), given += A::numbers, n += A::numbers + A::known), ...);
+  }
+  template <int COUNT>
+  HD static void copy(const double* given, float* n) {
+    for (int i = 0; i < COUNT; i++) n[i] = (float)given[i];
+  }
+
+  // What the answers of the rounds before PASS come to.
+  template <int PASS>
+  HD static void learn(const double* given, Answers answers, float* n) {
+    each<count>([&](auto i) {
+      using Item = at<decltype(i)::value>;
+      constexpr Before mine = before(decltype(i)::value);
+      constexpr int known = within(PASS - mine.rounds, 0, Item::rounds);
+      if constexpr (known > 0 && !Item::by_row)
+        Item::learn(known, Heard<Item>(answers + mine.asks, known).x, given + mine.numbers, n + mine.floats);
+    });
+  }
+  // What differs from row to row; line: of the local rows.
+  template <int PASS>
+  HD static void enter(Answers answers, i64 line, float* n) {
+    each<count>([&](auto i) {
+      using Item = at<decltype(i)::value>;
+      constexpr Before mine = before(decltype(i)::value);
+      if constexpr (Item::by_row && PASS > mine.rounds)
+        n[mine.floats + Item::numbers] = ((const float*)answers[mine.asks])[line];
+    });
+  }
+
+  // One element through the items whose rounds have been answered; what the next one wants.
+  template <int PASS, bool DIRECTION>
+  HD static float apply(float p, float g, float u, const float* n, float* want) {
     float x = DIRECTION ? u : g;
-    ((x = DIRECTION ? A::apply(p, g, x, n) : A::apply(p, x, u, n), n += A::numbers), ...);
+    each<count>([&](auto i) {
+      using Item = at<decltype(i)::value>;
+      constexpr Before mine = before(decltype(i)::value);
+      constexpr int round = PASS - mine.rounds;
+      const float* its = n + mine.floats;
+      const float gradient = DIRECTION ? g : x, direction = DIRECTION ? x : u;
+      if constexpr (round >= Item::rounds)
+        x = Item::apply(p, gradient, direction, its);
+      else if constexpr (round >= 0)
+        Item::template want<round>(p, gradient, direction, its, want);
+    });
     return x;
   }
   HD static float delta(float delta, float p, float u, float lr, const float* n) {

@@ -51,9 +51,9 @@ struct Absmax {
     float scale;
   };
   HD static Scale open(const float* scale, const float*) { return {*scale}; }
-  HD static float scaled(float value, Scale s) {  // a positive value stays positive
-    float y = value * s.scale, floor = value < shardopt::least ? value : shardopt::least;
-    return !SIGNED && y < floor ? floor : y;
+  HD static float scaled(float value, Scale s) {  // a positive value stays positive: at least the float of bits 1
+    float y = value * s.scale;
+    return SIGNED ? y : from_bits(larger(bits(y), smaller(bits(value), 1u)));
   }
   HD static float prepare(float x) { return x; }
   // the stored scale of a block whose largest magnitude has these bits: 0 only where the block is 0, NaN where it is
@@ -69,9 +69,6 @@ struct Absmax {
   }
 };
 
-// Whole numbers as codes. NaN becomes 0 or INT_MIN, whose low byte is 0: the scale of its block is NaN already.
-HD int whole(float t) { return (int)t; }
-
 template <int BLOCK>
 struct Int8 : Absmax<BLOCK, true> {
   using Base = Absmax<BLOCK, true>;
@@ -79,7 +76,7 @@ struct Int8 : Absmax<BLOCK, true> {
   using Code = i8;
   HD static float decode(int q, Scale s) { return Base::scaled((float)q, s); }
   HD static Scale close(u32 most, u32, float* stored) { return Base::close(most, 0, stored, 127.0f); }
-  HD static int encode(float x, Scale e, u32) { return whole(clamp(nearest_of(Base::ratio(x, e)), -127, 127)); }
+  HD static u8 encode(float x, Scale e, u32) { return nearest_byte(clamp(Base::ratio(x, e), -127, 127)); }
 };
 
 template <int BLOCK>
@@ -91,11 +88,13 @@ struct Sqrt8 : Absmax<BLOCK, true> {
     float t = (float)q * (float)(1.0 / 127);
     return Base::scaled(t * size(t), s);
   }
+  HD static float signed_root(float x) { return copy_sign(root(size(x)), x); }
+  HD static float prepare(float x) { return early_roots ? signed_root(x) : x; }
   HD static Scale close(u32 most, u32, float* stored) {
     return {1.0f / root(Base::close(most, 0, stored).scale) * 127.0f};
   }
-  HD static int encode(float x, Scale e, u32) {
-    return whole(nearest_of(copy_sign(root(size(x)) * e.scale, x)));  // at most 127 (1 + 3 ulp): no clamp
+  HD static u8 encode(float x, Scale e, u32) {
+    return nearest_byte((early_roots ? x : signed_root(x)) * e.scale);  // at most 127 (1 + 3 ulp): no clamp
   }
 };
 
@@ -112,12 +111,12 @@ struct Root4 : Absmax<BLOCK, false> {
   }
   HD static float prepare(float x) { return root(x); }  // the step has taken this root already
   HD static Scale close(u32 most, u32, float* stored) {
-    return {1.0f / root(root(Base::close(most, 0, stored).scale)) * 255.0f};
+    return {1.0f / root(root(Base::close(most, 0, stored).scale)) * 255.0f * fixed_one};
   }
-  HD static int encode(float r, Scale e, u32 noise) {
-    float t = root(r) * e.scale;
-    t = STOCHASTIC ? dither(t, uniform(noise), t * 1e-6f) : nearest_of(t);  // at most 255, within the tolerance
-    return whole(r > 0 && t < 1 ? 1.0f : t);
+  HD static u32 encode(float r, Scale e, u32 noise) {  // below 1, where the fixed point is not exact, it is 1 anyway
+    u32 t = to_fixed(root_of_normal(r) * e.scale);  // at most 255, within the tolerance
+    t = STOCHASTIC ? dither(t, noise, t >> 20) : nearest_fixed(t);
+    return larger(t, r > 0 ? 1u : 0u);
   }
 };
 
@@ -132,7 +131,7 @@ struct Fp8 : Absmax<BLOCK, SIGNED> {
   HD static int encode(float x, Scale e, u32 noise) {
     float t = Base::ratio(x, e);
     t = !SIGNED && x > 0 && t < 0x1p-9f ? 0x1p-9f : t;
-    return STOCHASTIC ? to_fp8_stochastic(t, noise, 1e-6f) : to_fp8(t);
+    return STOCHASTIC ? to_fp8_stochastic(t, noise, 0x1p-20f) : to_fp8(t);
   }
 };
 
@@ -146,13 +145,13 @@ struct Int4 : Absmax<BLOCK, true> {
   static constexpr int packed = 2, zero = 8;
   HD static float decode(int q, Scale s) { return Base::scaled((float)(q - 8), s); }
   HD static Scale close(u32 most, u32, float* stored) { return Base::close(most, 0, stored, 7.0f); }
-  HD static int encode(float x, Scale e, u32) { return whole(clamp(nearest_of(Base::ratio(x, e)), -7, 7) + 8.0f); }
+  HD static u8 encode(float x, Scale e, u32) { return nearest_byte(clamp(Base::ratio(x, e), -7, 7), zero); }
 };
 
 // Tables (Table: size, entries, and the midpoints that part them; written by shardopt/kernels/twins.py) --------------
 
-// Signed, 15 entries mirrored around entry 7, which is 0. No look-up: the entry's bits are put together from masks.
-// On a midpoint the lower entry is the nearest.
+// Signed, 15 entries mirrored around entry 7, which is 0. No look-up: entries are put together from masks, and the
+// nearest is searched for with masks. On a midpoint the lower entry is the nearest.
 template <int BLOCK, class Table>
 struct Dyn4 : Absmax<BLOCK, true> {
   using Base = Absmax<BLOCK, true>;
@@ -170,10 +169,15 @@ struct Dyn4 : Absmax<BLOCK, true> {
   }
   HD static Scale close(u32 most, u32, float* stored) { return Base::close(most, 0, stored); }
   HD static int encode(float x, Scale e, u32) {
-    float r = Base::ratio(x, e), magnitude = from_bits((bits(r) & 0x7fffffffu) + (r < 0 ? 1u : 0u));
-    int k = 0;
-    each<7>([&](auto i) { k += !(magnitude <= Table::midpoint(7 + decltype(i)::value)); });
-    return r < 0 ? 7 - k : 7 + k;
+    float r = Base::ratio(x, e);
+    const int below = r < 0 ? -1 : 0, magnitude = (int)(bits(r) & 0x7fffffffu) - below;
+    auto part = [](int i) { return (int)bits(Table::midpoint(7 + i)); };
+    auto above = [&](int midpoint) { return midpoint - magnitude >> 31; };  // all bits or none
+    auto either = [](int mask, int yes, int no) { return no ^ (mask & (yes ^ no)); };
+    int half = above(part(3)), quarter = above(either(half, part(5), part(1)));
+    int eighth = above(either(quarter, either(half, part(6), part(2)), either(half, part(4), part(0))));
+    int k = (half & 4) | (quarter & 2) | (eighth & 1);
+    return 7 + ((k ^ below) - below);
   }
 };
 

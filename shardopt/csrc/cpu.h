@@ -4,46 +4,121 @@
 
 namespace shardopt {
 
+// What a piece wants, added up: in 32 lanes, as it is vectorised, whatever the machine.
+template <class K, int PASS>
+struct Adding {
+  static constexpr int pass = PASS, lanes = 32;
+  static constexpr bool previews = false;
+  static constexpr Wants wants = K::wants(PASS);
+  static constexpr int values = wants.values();
+  double sums[values][lanes] = {};
+  double* columns = nullptr;  // of the span's first column
+
+  template <int COUNT, int E>
+  HD void take(const float (&wanted)[COUNT][E], i64 column, int n, int) {
+    for (int k = 0; k < values; k++) {
+      int e = 0;
+      if constexpr (E >= lanes)
+        for (; e + lanes <= n; e += lanes)
+          for (int l = 0; l < lanes; l++) sums[k][l] += wanted[k][e + l];
+      for (int l = 0; e + l < n; l++) sums[k][l] += wanted[k][e + l];
+    }
+    if constexpr (wants.cols)
+      for (int e = 0; e < n; e++) columns[column + e] += wanted[0][e];
+  }
+  double taken(int k) {  // the sum, which begins anew
+    double sum = 0;
+    for (int l = 0; l < lanes; l++) sum += sums[k][l], sums[k][l] = 0;
+    return sum;
+  }
+};
+
+// What a call of a kernel that asks is told besides; made by shardopt/kernels/passes.py.
+template <class K>
+struct Asked {
+  const Place* places;  // one a span
+  const typename K::Parameter* parameters;
+  i64 count, pieces;  // parameters; pieces of all spans
+  double* scratch;    // the sums of every piece
+};
+
 template <class K>
 struct Thread {
-  static constexpr int E = K::Slots::narrowest(), chunks = K::tile / E;
+  // Tables and logarithms are worked out for several tiles of a row at a time, which hides how long they take.
+  static constexpr int E = K::Slots::narrowest(), tiles = K::Slots::tabled() && K::tile < 1024 ? 1024 / K::tile : 1;
+  static constexpr int width = K::tile * tiles, chunks = width / E;
+  using Member = shardopt::Member<K, E, 1, tiles>;
   using Span = typename K::Span;
 
   // Tiles first..last-1 of all spans together.
-  static void run(const Span* spans, i64 count, const double* numbers, i64 stride, i64 first, i64 last) {
+  static void run(const Span* spans, i64 count, const double* numbers, i64 stride, const Asked<K>* asked, i64 first,
+                  i64 last) {
     i64 at = span_of(spans, count, first);
     double known = -1;
     i64 group = -1;
     typename K::Scalars h{};
+    Writing<K::rounds> sink;
     for (i64 tile = first; tile < last; at++) {
       const Span& s = spans[at];
       i64 across = K::across(s), end = s.tile0 + s.rows * across;
       if (tile >= end) continue;
-      double t = (double)*s.step + 1;
-      if (t != known || s.group != group) h = K::derive(numbers + s.group * stride, t);
+      const double t = (double)*s.step + 1, *n = numbers + s.group * stride;
+      if constexpr (K::rounds > 0)
+        h = K::template informed<K::rounds>(n, t, asked->parameters[asked->places[at].parameter].answers);
+      else if (t != known || s.group != group)
+        h = K::derive(n, t);
       known = t, group = s.group;
       auto noise = K::noise(s.key, (i64)t);
       i64 row = (tile - s.tile0) / across, column = (tile - s.tile0) % across * K::tile;
       auto drawn = K::row_noise(noise, s.row0 + row);
-      for (; tile < end && tile < last; tile++) {
-        one(s, h, drawn, row, column);
-        column += K::tile;
-        if (column >= s.cols) column = 0, row++, drawn = K::row_noise(noise, s.row0 + row);
+      auto entered = enter<K::rounds>(h, s, asked, at, n, t, row);
+      for (const i64 stop = end < last ? end : last; tile < stop;) {
+        const i64 left = across - column / K::tile, whole = left < tiles ? left : tiles;
+        const i64 some = whole < stop - tile ? whole : stop - tile;
+        ahead<K::rounds>(s, row, column + 2 * width);  // one further is too late
+        one(s, entered, drawn, sink, row, column, some * K::tile);
+        column += some * K::tile, tile += some;
+        if (column >= s.cols && tile < end) {
+          column = 0, row++;
+          drawn = K::row_noise(noise, s.row0 + row);
+          entered = enter<K::rounds>(h, s, asked, at, n, t, row);
+        }
       }
     }
   }
 
-  static void one(const Span& s, const typename K::Scalars& h, const typename K::RowNoise& noise, i64 row, i64 column) {
-    int n = (int)(s.cols - column < K::tile ? s.cols - column : K::tile);
-    ahead(s, row, column);
-    Member<K, E, 1> member;
-    member.forward(s, h, noise, row, column, n, 0);
-    agree(member);
-    member.finish(s, noise, row, column, n, 0);
+  template <int PASS>
+  HD static typename K::Scalars enter(const typename K::Scalars& h, const Span& s, const Asked<K>* asked, i64 at,
+                                      const double* n, double t, i64 row) {
+    if constexpr (K::by_row) {
+      const Place& place = asked->places[at];
+      return K::template enter<PASS>(h, s, place, asked->parameters[place.parameter], n, t, row);
+    }
+    return h;
+  }
+
+  template <class Sink>
+  static void one(const Span& s, const typename K::Scalars& h, const typename K::RowNoise& noise, Sink& sink, i64 row,
+                  i64 column, i64 most) {
+    const int n = (int)(s.cols - column < most ? s.cols - column : most);
+    Member member;
+    if constexpr (K::previews > 0) {
+      member.begin();
+      Writing<Sink::pass, true> preview;
+      for (int i = 0; i < K::previews; i++) {
+        member.forward(s, h, noise, preview, row, column, n, 0);
+        agree(member);
+      }
+    }
+    member.forward(s, h, noise, sink, row, column, n, 0);
+    if constexpr (Sink::pass == K::rounds) {
+      agree(member);
+      member.finish(s, noise, row, column, n, 0);
+    }
   }
 
   // The extremes of a block that spans several chunks.
-  HD static void agree(Member<K, E, 1>& m) {
+  HD static void agree(Member& m) {
     each<K::slots>([&](auto i) {
       constexpr int I = decltype(i)::value, block = K::Slots::template at<I>::block, span = block / E;
       if constexpr (span > 1)
@@ -55,11 +130,87 @@ struct Thread {
     });
   }
 
+  template <int PASS>
   HD static void ahead(const Span& s, i64 row, i64 column) {
-    const char* p = (const char*)s.p + (row * s.ld + column + K::tile) * sizeof(typename K::P::T);
-    const char* g = (const char*)s.g + (row * s.ld + column + K::tile) * sizeof(typename K::G::T);
-    for (unsigned i = 0; i < K::tile * sizeof(typename K::P::T); i += 64) __builtin_prefetch(p + i, 1);
-    for (unsigned i = 0; i < K::tile * sizeof(typename K::G::T); i += 64) __builtin_prefetch(g + i, 0);
+    const i64 at = row * s.ld + column;
+    if constexpr (K::weighs(PASS)) fetch<PASS == K::rounds>((const typename K::P::T*)s.p + at);
+    fetch<false>((const typename K::G::T*)s.g + at);
+    if constexpr (K::Slots::widest() == 0 && PASS == K::rounds)  // states that are no shorter
+      each<K::slots>([&](auto i) {
+        using C = typename K::Slots::template at<decltype(i)::value>;
+        constexpr int part = K::Slots::part_of(decltype(i)::value);
+        if constexpr (decltype(i)::value != K::factored) fetch<true>((const typename C::Code*)s.part[part] + at);
+      });
+  }
+  template <bool WRITE, class T>
+  HD static void fetch(const T* from) {
+    for (unsigned i = 0; i < width * sizeof(T); i += 64) __builtin_prefetch((const char*)from + i, WRITE);
+  }
+
+  // What one piece wants in this pass, into its places of the scratch memory.
+  template <int PASS>
+  static void piece(const Span* spans, i64 count, const double* numbers, i64 stride, const Asked<K>& a, i64 index) {
+    const i64 at = span_of(a.places, count, index);
+    const Span& s = spans[at];
+    const Place& place = a.places[at];
+    const i64 down = (index - place.tile0) / place.across, beside = (index - place.tile0) % place.across;
+    const i64 bottom = (down + 1) * place.high < s.rows ? (down + 1) * place.high : s.rows;
+    const i64 left = beside * place.wide, right = left + place.wide < s.cols ? left + place.wide : s.cols;
+    const double t = (double)*s.step + 1, *n = numbers + s.group * stride;
+    const auto h = K::template informed<PASS>(n, t, a.parameters[place.parameter].answers);
+    const auto noise = K::noise(s.key, (i64)t);
+    Adding<K, PASS> sink;
+    if constexpr (Adding<K, PASS>::wants.cols) {
+      sink.columns = a.scratch + place.cols0 + down * s.cols;
+      for (i64 j = left; j < right; j++) sink.columns[j] = 0;
+    }
+    for (i64 row = down * place.high; row < bottom; row++) {
+      const auto drawn = K::row_noise(noise, s.row0 + row);
+      const auto entered = enter<PASS>(h, s, &a, at, n, t, row);
+      for (i64 column = left; column < right; column += width) {
+        bool more = column + width < right;
+        ahead<PASS>(s, more ? row : row + 1, more ? column + width : left);
+        one(s, entered, drawn, sink, row, column, right - column < width ? right - column : width);
+      }
+      if constexpr (Adding<K, PASS>::wants.rows) a.scratch[place.rows0 + beside * s.rows + row] = sink.taken(0);
+    }
+    if constexpr (!Adding<K, PASS>::wants.rows)
+      for (int k = 0; k < Adding<K, PASS>::values; k++) a.scratch[index * Adding<K, PASS>::values + k] = sink.taken(k);
+  }
+
+  // The sums of one parameter from those of its pieces, in their order.
+  template <int PASS>
+  static void combine(const Span* spans, i64 count, const Asked<K>& a, const typename K::Parameter& p) {
+    constexpr Wants wants = K::wants(PASS);
+    const i64 lines = p.matrices * p.rows, columns = p.matrices * p.cols;
+    const i64 asked = wants.cols ? lines + columns + 2 * p.matrices : wants.rows ? lines : wants.sums;
+    double *out = p.out, *by_column = out + lines, *whole = by_column + columns, *old = whole + p.matrices;
+    for (i64 i = 0; i < asked; i++) out[i] = 0;
+    for (i64 at = p.first; at < p.last; at++) {
+      const Span& s = spans[at];
+      const Place& place = a.places[at];
+      const i64 pieces = (at + 1 < count ? a.places[at + 1].tile0 : a.pieces) - place.tile0;
+      if constexpr (wants.rows)
+        for (i64 b = 0; b < place.across; b++)
+          for (i64 i = 0; i < s.rows; i++) out[place.line + i] += a.scratch[place.rows0 + b * s.rows + i];
+      else
+        for (i64 i = 0; i < pieces * wants.sums; i++) out[i % wants.sums] += a.scratch[place.tile0 * wants.sums + i];
+      if constexpr (wants.cols)
+        for (i64 d = 0; d < pieces / place.across; d++)
+          for (i64 j = 0; j < s.cols; j++) by_column[place.column + j] += a.scratch[place.cols0 + d * s.cols + j];
+    }
+    if constexpr (wants.cols)
+      for (i64 i = 0; i < lines; i++) whole[i / p.rows] += out[i], old[i / p.rows] += p.row[i];
+  }
+
+  // The recurrence of a factored slot, once nobody needs its old rows and columns.
+  static void settle(const double* numbers, i64 stride, const typename K::Parameter& p) {
+    if constexpr (K::factors) {
+      Answers answers = p.answers + K::slot_asks;
+      const float decay = (float)K::Maths::decay(numbers + p.group * stride, (double)*p.step + 1);
+      for (i64 i = 0; i < p.matrices * p.rows; i++) p.row[i] = Factored::moved(p.row, answers[Factored::ROWS], decay, i);
+      for (i64 j = 0; j < p.matrices * p.cols; j++) p.col[j] = Factored::moved(p.col, answers[Factored::COLS], decay, j);
+    }
   }
 };
 
@@ -67,20 +218,48 @@ constexpr i64 piece = 1 << 14;  // elements that a thread takes at a time
 
 template <class K>
 void run_all(const void* spans, i64 count, i64 tiles, const double* numbers, i64 stride, float* const* steps,
-             i64 n_steps, int threads) {
+             i64 n_steps, int threads, const Asked<K>* asked = nullptr) {
   const i64 several = piece / K::tile > 1 ? piece / K::tile : 1, pieces = (tiles + several - 1) / several;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && pieces > 1)
   for (i64 i = 0; i < pieces; i++) {
     i64 first = i * several, last = first + several < tiles ? first + several : tiles;
-    Thread<K>::run((const typename K::Span*)spans, count, numbers, stride, first, last);
+    Thread<K>::run((const typename K::Span*)spans, count, numbers, stride, asked, first, last);
+  }
+  if constexpr (K::factors) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && pieces > 1)
+    for (i64 i = 0; i < asked->count; i++) Thread<K>::settle(numbers, stride, asked->parameters[i]);
   }
   for (i64 i = 0; i < n_steps; i++) *steps[i] += 1;  // only now: every thread has read its own
+}
+
+template <class K, int PASS>
+void pass(const void* spans, i64 count, const double* numbers, i64 stride, int threads, const Asked<K>& asked) {
+  auto* all = (const typename K::Span*)spans;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && asked.pieces > 1)
+  for (i64 i = 0; i < asked.pieces; i++) Thread<K>::template piece<PASS>(all, count, numbers, stride, asked, i);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && asked.pieces > 1)
+  for (i64 i = 0; i < asked.count; i++) Thread<K>::template combine<PASS>(all, count, asked, asked.parameters[i]);
+}
+
+// Which pass it is, as a number of the program.
+template <class K>
+void run_pass(i64 which, const void* spans, i64 count, const double* numbers, i64 stride, int threads,
+              const Asked<K>& asked) {
+  each<K::rounds>([&](auto i) {
+    if (which == decltype(i)::value) pass<K, decltype(i)::value>(spans, count, numbers, stride, threads, asked);
+  });
 }
 
 }  // namespace shardopt
 
 #define SHARDOPT_CPU(KEY)                                                                                           \
   extern "C" void shardopt_step(const void* spans, long long count, long long tiles, const double* numbers,         \
-                                long long stride, float* const* steps, long long n_steps, int threads) {            \
-    shardopt::run_all<KEY>(spans, count, tiles, numbers, stride, steps, n_steps, threads);                          \
+                                long long stride, float* const* steps, long long n_steps, int threads,              \
+                                const void* asked) {                                                                \
+    shardopt::run_all<KEY>(spans, count, tiles, numbers, stride, steps, n_steps, threads,                           \
+                           (const shardopt::Asked<KEY>*)asked);                                                     \
+  }                                                                                                                 \
+  extern "C" void shardopt_pass(long long which, const void* spans, long long count, const double* numbers,         \
+                                long long stride, int threads, const void* asked) {                                 \
+    shardopt::run_pass<KEY>(which, spans, count, numbers, stride, threads, *(const shardopt::Asked<KEY>*)asked);    \
   }

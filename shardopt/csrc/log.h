@@ -10,34 +10,46 @@ struct Parts2 {
   float fraction;  // m - 1, m in [sqrt(1/2), sqrt(2))
 };
 
+HD Parts2 split_normal(float x) {  // of 0 and subnormal x: a logarithm between -127 and -126
+  u32 b = bits(x);
+  int e = (int)(b - 0x3f3504f3u) >> 23;  // sqrt(1/2)
+  return {e, from_bits(b - ((u32)e << 23)) - 1.0f};
+}
 HD Parts2 split(float x) {  // x > 0
   bool tiny = x < 0x1p-126f;
-  u32 b = bits(tiny ? x * 0x1p24f : x);
-  u32 shifted = b - 0x3f3504f3u;  // sqrt(1/2)
-  int e = (int)shifted >> 23;
-  float m = from_bits(b - ((u32)e << 23));
-  return {e - (tiny ? 24 : 0), m - 1.0f};
+  Parts2 s = split_normal(tiny ? x * 0x1p24f : x);
+  return {s.exponent - (tiny ? 24 : 0), s.fraction};
 }
 
-// log2 x; 8 bits: within 1e-7, for codes wider than 1e-3 octaves. 16 bits: within 1e-12.
-template <bool PRECISE>
+// c[0] + c[1] x + ...; even and odd powers by themselves, which halves the latency.
+template <class T, int N>
+HD T polynomial(T x, const T (&c)[N]) {
+  T square = x * x, high = c[N - 1], low = c[N - 2];
+  each<(N - 1) / 2>([&](auto k) {
+    constexpr int at = N - 3 - 2 * decltype(k)::value;
+    high = fused(high, square, c[at]);
+    if constexpr (at > 0) low = fused(low, square, c[at - 1]);
+  });
+  return N % 2 ? fused(low, x, high) : fused(high, x, low);
+}
+
+// log2 x - lo in float32, for codes wider than 1e-3 octaves; x normal. The fit is within 1e-7 octaves.
+HD float octaves_from(float x, float lo) {
+  constexpr float c[] = {0x1.715476p+0f,  -0x1.715470p-1f, 0x1.ec7094p-2f,  -0x1.715a76p-2f, 0x1.277e9ap-2f,
+                         -0x1.eabd64p-3f, 0x1.a2f85ep-3f,  -0x1.87381ap-3f, 0x1.7d9132p-3f,  -0x1.c362c0p-4f};
+  Parts2 s = split_normal(x);
+  return fused(polynomial(s.fraction, c), s.fraction, (float)s.exponent - lo);
+}
+
+// log2 x within 1e-12
 HD double log2_of(float x) {
+  constexpr double c[] = {0x1.71547652b89f4p+0,  -0x1.715476528dae2p-1, 0x1.ec709dbd14f68p-2,  -0x1.715476b3692fap-2,
+                          0x1.2776c9480959cp-2,  -0x1.ec70626b419f7p-3, 0x1.a61543ff0473ep-3,  -0x1.715b798a261b0p-3,
+                          0x1.488d301e9b7fep-3,  -0x1.272d0f92924b0p-3, 0x1.087be9aaf926bp-3,  -0x1.e9e2951d41a2cp-4,
+                          0x1.0246bcbf6680ep-3,  -0x1.fa4c81592c3d1p-4, 0x1.0338c5f2efd1ap-4};
   Parts2 s = split(x);
-  if constexpr (PRECISE) {
-    constexpr double c[] = {0x1.71547652b89f4p+0,  -0x1.715476528dae2p-1, 0x1.ec709dbd14f68p-2,  -0x1.715476b3692fap-2,
-                            0x1.2776c9480959cp-2,  -0x1.ec70626b419f7p-3, 0x1.a61543ff0473ep-3,  -0x1.715b798a261b0p-3,
-                            0x1.488d301e9b7fep-3,  -0x1.272d0f92924b0p-3, 0x1.087be9aaf926bp-3,  -0x1.e9e2951d41a2cp-4,
-                            0x1.0246bcbf6680ep-3,  -0x1.fa4c81592c3d1p-4, 0x1.0338c5f2efd1ap-4};
-    double r = s.fraction, y = c[14];
-    each<14>([&](auto k) { y = fused(y, r, c[13 - decltype(k)::value]); });
-    return (double)s.exponent + y * r;
-  } else {
-    constexpr float c[] = {0x1.715476p+0f,  -0x1.715470p-1f, 0x1.ec7094p-2f,  -0x1.715a76p-2f, 0x1.277e9ap-2f,
-                           -0x1.eabd64p-3f, 0x1.a2f85ep-3f,  -0x1.87381ap-3f, 0x1.7d9132p-3f,  -0x1.c362c0p-4f};
-    float r = s.fraction, y = c[9];
-    each<9>([&](auto k) { y = fused(y, r, c[8 - decltype(k)::value]); });
-    return (double)s.exponent + (double)(y * r);
-  }
+  double r = s.fraction;
+  return (double)s.exponent + polynomial(r, c) * r;
 }
 
 // 2^y within 1e-15, -149 <= y <= 128
@@ -45,9 +57,8 @@ HD double pow2_of(double y) {
   constexpr double c[] = {0x1.0000000000001p+0,  0x1.62e42fefa3a2cp-1,  0x1.ebfbdff82c49cp-3,  0x1.c6b08d703a5e4p-5,
                           0x1.3b2ab6fbbf3c8p-7,  0x1.5d87fea162318p-10, 0x1.430912bf904b0p-13, 0x1.ffcb4a4505facp-17,
                           0x1.62c06cd370252p-20, 0x1.b67e30af9669ep-24, 0x1.e52326a4a865ep-28};
-  double whole = nearest_of(y), f = y - whole, z = c[10];
-  each<10>([&](auto k) { z = fused(z, f, c[9 - decltype(k)::value]); });
-  return z * bits_to_double((u64)(1023 + (i64)(int)whole) << 52);
+  double whole = nearest_of(y), f = y - whole;
+  return polynomial(f, c) * bits_to_double((u64)(1023 + (i64)(int)whole) << 52);
 }
 
 }  // namespace shardopt

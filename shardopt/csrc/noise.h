@@ -31,6 +31,15 @@ HD u32 row_key(u64 base, i64 row) {
 
 HD u32 noise_at(u32 row, u32 column) { return mix32(row ^ column); }
 
+// The same for columns first + i, where `first` is a multiple of a power of two above i, at most 2^16: row ^ column is
+// (row ^ first) ^ i, so that what the first xor-shift adds is the same for all of them.
+HD u32 noise_from(u32 row, u32 first) { return (row ^ first) ^ ((row ^ first) >> 16); }
+HD u32 noise_near(u32 from, u32 i) {
+  u32 x = (from ^ i) * 0x7FEB352Du;
+  x = (x ^ (x >> 15)) * 0x846CA68Bu;
+  return x ^ (x >> 16);
+}
+
 // float32 in [0, 1) from the top 24 bits; the signed conversion is the one that vectorises.
 HD float uniform(u32 noise) { return (float)(i32)(noise >> 8) * 0x1p-24f; }
 

@@ -35,6 +35,7 @@ constexpr float least = 0x1p-149f;  // the smallest positive float32
 constexpr u32 inf_bits = 0x7f800000u;
 
 #ifdef __CUDACC_RTC__
+constexpr bool early_roots = false;  // see below: here it would need registers
 HD u32 bits(float x) { return __float_as_uint(x); }
 HD float from_bits(u32 x) { return __uint_as_float(x); }
 HD float rsqrt_near(float x) {  // within 2 ulp
@@ -75,6 +76,7 @@ HD float over(float a, float b) {  // within 2 ulp for normal b and 1 / b, which
 HD float over(float a, float b) { return a / b; }
 #endif
 #else
+constexpr bool early_roots = true;  // a root that only a code needs is taken with the step, where it hides
 HD float over(float a, float b) { return a / b; }
 HD u32 bits(float x) {
   u32 y;
@@ -101,7 +103,32 @@ HD float nearest_of(float x) { return __builtin_rintf(x); }
 HD double nearest_of(double x) { return __builtin_rint(x); }
 HD float size(float x) { return __builtin_fabsf(x); }
 HD double size(double x) { return __builtin_fabs(x); }
+// out[i] = table[nibble i], of 16 entries; the low nibble of a byte comes first; n even.
+HD void look_up(const float* table, const u8* bytes, float* out, int n) {
+  int i = 0;
+#if defined(__GNUC__) && !defined(__clang__) && defined(__AVX512F__)
+  typedef float Floats __attribute__((vector_size(64)));
+  typedef int Ints __attribute__((vector_size(64)));
+  typedef u64 Words __attribute__((vector_size(64)));
+  const Ints halves = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
+  const Ints shifts = {0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28};
+  Floats all;
+  __builtin_memcpy(&all, table, sizeof all);
+  for (; i + 16 <= n; i += 16) {
+    u64 word;
+    __builtin_memcpy(&word, bytes + i / 2, sizeof word);
+    Ints nibbles = __builtin_shuffle((Ints)(Words{} + word), halves) >> shifts;
+    Floats found = __builtin_shuffle(all, nibbles);  // it reads the low 4 bits of each
+    __builtin_memcpy(out + i, &found, sizeof found);
+  }
 #endif
+  for (; i < n; i += 2) out[i] = table[bytes[i / 2] & 15], out[i + 1] = table[bytes[i / 2] >> 4];
+}
+#endif
+
+// The low byte of the nearest integer to x, |x| < 2^22, plus an even number: the addition's rounding leaves it in the
+// last bits. NaN: 0.
+HD u8 nearest_byte(float x, float even = 0) { return (u8)bits(x + (0x1.8p23f + even)); }
 
 HD float copy_sign(float x, float sign) { return from_bits((bits(x) & 0x7fffffffu) | (bits(sign) & 0x80000000u)); }
 HD float clamp(float x, float low, float high) {  // NaN stays NaN, as torch.clamp
@@ -112,7 +139,7 @@ HD u32 larger(u32 a, u32 b) { return a > b ? a : b; }
 HD u32 smaller(u32 a, u32 b) { return a < b ? a : b; }
 
 // sign(x) as torch.sign: 0 for 0; NaN gives 0
-HD float sign(float x) { return (float)((x > 0.0f) - (x < 0.0f)); }
+HD float sign(float x) { return size(x) > 0.0f ? copy_sign(1.0f, x) : 0.0f; }
 
 // A compile-time number as an argument, and a loop over such numbers.
 template <int I>

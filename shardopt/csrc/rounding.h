@@ -12,6 +12,17 @@ HD T dither(T t, T u, T tolerance) {
   return size(t - near) <= tolerance ? near : low + up;
 }
 
+// The same in fixed point: t has 23 bits after the point, as a float of at least 1 has at most, and so has u, the top
+// bits of the noise. To keep u away from 0 and from 1 by the tolerance, which is in units of 2^-23, is to round to the
+// nearest integer where t is that near to one.
+constexpr float fixed_one = 0x1p23f;
+HD u32 to_fixed(float t) { return (u32)(i32)t; }  // of t times fixed_one; NaN becomes 0 or 2^31, whose code is 0
+HD u32 nearest_fixed(u32 t) { return (t + 0x3fffffu + ((t >> 23) & 1u)) >> 23; }
+HD u32 dither(u32 t, u32 noise, u32 tolerance) {
+  u32 u = larger(noise >> 9, tolerance);
+  return (t + smaller(u, 0x7fffffu - tolerance)) >> 23;
+}
+
 // A floating-point format: bits of the fraction, exponent of the smallest normal number, largest number.
 template <int FRACTION, int LOWEST>
 struct Grid {
@@ -49,9 +60,8 @@ struct Bfloat16 {
   }
   HD static u16 stochastic(float x, u32 noise) {
     u32 b = bits(x), magnitude = b & 0x7fffffffu;
-    u32 up = smaller(magnitude + (noise & 0xffffu), 0x7f7fffffu);
-    u32 rounded = (up | (b & 0x80000000u)) >> 16;
-    return magnitude < inf_bits ? (u16)rounded : (magnitude > inf_bits ? (u16)0x7fc0u : (u16)(b >> 16));
+    u32 up = smaller(magnitude + (noise & 0xffffu), larger(magnitude, 0x7f7fffffu));  // Inf and quiet NaN stay
+    return (u16)((up | (b & 0x80000000u)) >> 16);
   }
 };
 

@@ -22,14 +22,13 @@ struct AdamW {  // numbers: lr, beta1, beta2, eps
             (float)(n[0] / bias1)};
   }
   HD static float update(float, float g, const float* old, float* fresh, const Scalars& h) {
-    float m = g;
+    constexpr int second = MOMENTUM ? 1 : 0;  // first, since its root takes longest
+    float v = fresh[second] = old[second] * h.beta2 + g * g * h.rest2;
+    float r = root(v) * h.inverse_root, m = g;
     if constexpr (MOMENTUM) {
       m = fresh[0] = old[0] * h.beta1 + g * h.rest1;
       if constexpr (NESTEROV) m = m * h.beta1 + g * h.rest1;
     }
-    constexpr int second = MOMENTUM ? 1 : 0;
-    float v = fresh[second] = old[second] * h.beta2 + g * g * h.rest2;
-    float r = root(v) * h.inverse_root;
     if constexpr (ATAN2) return (float)(atan2((double)m, (double)r) * (4 / 3.14159265358979323846));
     return over(m, r + h.eps);
   }

@@ -1,8 +1,9 @@
 // A whole step as a type: rule, formats, add-ons and write policy composed; and the descriptor of what it works on.
 #pragma once
 #include "addons.h"
+#include "factored.h"
 #include "log_codecs.h"
-#include "rules.h"
+#include "recurring.h"
 #include "write.h"
 
 namespace shardopt {
@@ -21,7 +22,29 @@ struct Span {
   void* part[PARTS > 0 ? PARTS : 1];
 };
 
-// The last span that begins at or before a tile.
+// Where a span of a kernel that asks lies in its parameter, and where its sums go. Pieces of `high` rows x `wide`
+// columns are added up one after another by whoever takes them, so that no sum depends on who that is.
+struct Place {
+  i64 parameter, matrix;  // of the local stack
+  i64 line, column;       // its first among all local rows, and among the columns of all local matrices
+  i64 high, wide, across; // across: pieces beside each other
+  i64 rows0, cols0;       // where the sums of its rows and columns begin in the scratch memory, in doubles
+  i64 tile0;              // pieces of all spans before this one
+};
+
+// What a kernel that asks knows of one parameter. The answers so far follow, in the order in which they were asked.
+template <int ASKS>
+struct Parameter {
+  i64 group;
+  const float* step;
+  i64 first, last;                     // its spans
+  i64 matrices, rows, cols, stack;     // local; rows of a matrix; whether the view is a stack
+  float *row, *col;                    // the parts of a factored slot
+  double* out;                         // the sums of this pass, ask after ask
+  const void* answers[ASKS + 1];
+};
+
+// The last span that begins at or before a tile, the last place that does at or before a piece.
 template <class Span>
 HD i64 span_of(const Span* spans, i64 count, i64 tile) {
   i64 at = 0, beyond = count;
@@ -39,6 +62,7 @@ struct Slots {
   using at = typename At<I, C..., void>::type;
   static constexpr int parts = (0 + ... + (1 + C::numbers));
 
+  static constexpr bool tabled() { return (false || ... || (C::packed == 2)); }
   static constexpr int widest() {
     int most = 0;
     ((most = C::block > most ? C::block : most), ...);
@@ -49,6 +73,12 @@ struct Slots {
     ((fewest = C::block > 0 && C::block < fewest ? C::block : fewest), ...);
     return fewest;
   }
+  static constexpr int blocked() { return (0 + ... + (C::block > 0)); }
+  static constexpr int factored() {  // the slot that is, or -1
+    int i = 0, found = -1;
+    ((found = IsFactored<C>::value ? i : found, i++), ...);
+    return found;
+  }
   static constexpr int part_of(int slot) {  // where its parts begin
     int counts[] = {(1 + C::numbers)..., 0}, first = 0;
     for (int i = 0; i < slot; i++) first += counts[i];
@@ -56,7 +86,19 @@ struct Slots {
   }
 };
 
-template <class P_, class G_, class Rule_, class Slots_, class Gradient_, class Direction_, class Decay_, class Write_>
+struct Nothing {};
+template <bool YES, class T>
+struct Only {
+  using type = T;
+};
+template <class T>
+struct Only<false, T> {
+  using type = Nothing;
+};
+
+// STORED: the step uses what will be read back, not what will be stored.
+template <class P_, class G_, class Rule_, class Slots_, class Gradient_, class Direction_, class Decay_, class Write_,
+          bool STORED = false>
 struct Step {
   using P = P_;
   using G = G_;
@@ -66,27 +108,103 @@ struct Step {
   using Direction = Direction_;
   using Decay = Decay_;
   using Write = Write_;
+  using Maths = Recurring<Rule>;
   using Span = shardopt::Span<Slots::parts>;
   static constexpr int slots = Slots::count;
   static constexpr int tile = Slots::widest() > 256 ? Slots::widest() : 256;
   static constexpr int numbers = Rule::numbers + Gradient::numbers + Direction::numbers + Decay::numbers;
+
+  // Rounds of asks: those of the gradient's add-ons, of the factored slot, of the rule, of the direction's add-ons.
+  static constexpr int factored = Slots::factored(), factors = factored >= 0 ? 1 : 0;
+  static constexpr int from_slot = Gradient::rounds, from_rule = from_slot + factors;
+  static constexpr int from_direction = from_rule + Maths::rounds, rounds = from_direction + Direction::rounds;
+  static constexpr int slot_asks = Gradient::asks, rule_asks = slot_asks + 4 * factors;
+  static constexpr int direction_asks = rule_asks + asks_of<Maths>(Maths::rounds);
+  static constexpr int asks = direction_asks + Direction::asks;
+  static constexpr bool stored = STORED, plain = rounds == 0 && !STORED && !Maths::recurring;
+  static constexpr bool by_row = factors || Gradient::by_row;
+  static constexpr int previews = stored ? (Maths::depth < Slots::blocked() ? Maths::depth : Slots::blocked()) : 0;
+  using Parameter = shardopt::Parameter<asks>;
+
+  static constexpr Wants wants(int round) {
+    return round < from_slot        ? Gradient::wants(round)
+           : round < from_rule      ? Factored::wants(0)
+           : round < from_direction ? Maths::wants(round - from_rule)
+                                    : Direction::wants(round - from_direction);
+  }
+
+  static constexpr bool weighs(int pass) {  // whether p is read in a pass
+    return pass == rounds || Gradient::weighs(pass) || (Maths::weighs && pass == from_rule);
+  }
 
   HD static i64 across(const Span& s) { return (s.cols + tile - 1) / tile; }  // tiles of a row
 
   // What is the same for all elements of a parameter in a step; `n`: numbers of the rule, then of every add-on.
   struct Scalars {
     typename Rule::Scalars rule;
-    float lr, gradient[Gradient::numbers + 1], direction[Direction::numbers + 1], decay[Decay::numbers + 1];
+    float lr, gradient[Gradient::floats + 1], direction[Direction::floats + 1], decay[Decay::floats + 1];
+    typename Only<factors != 0, Factored::Line>::type line;
   };
   HD static Scalars derive(const double* n, double t) {
     Scalars h;
     h.rule = Rule::derive(n, t);
     h.lr = (float)n[0];
+    if constexpr (Maths::paced) h.lr = h.rule.pace;
     n += Rule::numbers;
-    for (int i = 0; i < Gradient::numbers; i++) h.gradient[i] = (float)*n++;
-    for (int i = 0; i < Direction::numbers; i++) h.direction[i] = (float)*n++;
-    for (int i = 0; i < Decay::numbers; i++) h.decay[i] = (float)*n++;
+    Gradient::derive(n, h.gradient);
+    Direction::derive(n + Gradient::numbers, h.direction);
+    Decay::derive(n + Gradient::numbers + Direction::numbers, h.decay);
     return h;
+  }
+
+  // The same with what the rounds before PASS have answered.
+  template <int PASS>
+  HD static Scalars informed(const double* n, double t, Answers answers) {
+    Scalars h = derive(n, t);
+    const double *gradient = n + Rule::numbers, *direction = gradient + Gradient::numbers;
+    Gradient::template learn<PASS>(gradient, answers, h.gradient);
+    if constexpr (Maths::rounds > 0 && PASS > from_rule) {
+      Maths::learn(Heard<Maths>(answers + rule_asks, 1).x, n, t, h.rule);
+      if constexpr (Maths::paced) h.lr = h.rule.pace;
+    }
+    Direction::template learn<PASS - from_direction>(direction, answers + direction_asks, h.direction);
+    return h;
+  }
+
+  // And what is the row's own. row: of the span.
+  template <int PASS>
+  HD static Scalars enter(const Scalars& known, const Span& s, const Place& place, const Parameter& parameter,
+                          const double* n, double t, i64 row) {
+    Scalars h = known;
+    Gradient::template enter<PASS>(parameter.answers, place.line + row, h.gradient);
+    if constexpr (factors && PASS > from_slot) {
+      Answers a = parameter.answers + slot_asks;
+      constexpr int part = Slots::part_of(factored);
+      const double decay = Maths::decay(n, t);
+      h.line.decay = (float)decay;
+      h.line.col = (const float*)s.part[part + 1];
+      h.line.cols = (const float*)a[Factored::COLS] + place.column;
+      h.line.relative = Factored::moved((const float*)s.part[part], (const float*)a[Factored::ROWS] + place.line,
+                                        h.line.decay, row) /
+                        Factored::mean(a, decay, Maths::floor(n), place.matrix, parameter.stack != 0);
+    }
+    return h;
+  }
+
+  // One element up to the round PASS: the direction after the last one, and before that what the round wants.
+  template <int PASS, class S>
+  HD static float direction(float p, float& g, S& s, const Scalars& h, float* want) {
+    g = Gradient::template apply<PASS, false>(p, g, 0, h.gradient, want);
+    float u = 0;
+    if constexpr (plain)
+      u = Rule::update(p, g, s.old, s.fresh, h.rule);
+    else if constexpr (PASS >= from_direction || (factors && PASS == from_slot))
+      u = Maths::update(p, g, s, h.rule);
+    else if constexpr (PASS >= from_rule)
+      Maths::want(p, g, s, h.rule, want);
+    if constexpr (PASS >= from_direction)
+      u = Direction::template apply<PASS - from_direction, true>(p, g, u, h.direction, want);
+    return u;
   }
 
   // Noise of every stream: of the parameter, then of every slot.

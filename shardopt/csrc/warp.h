@@ -109,15 +109,33 @@ HD void agree(Team& team) {
   });
 }
 
+// The extremes of a tile whose step uses what will be read back.
+template <class K, int PASS, class Team>
+HD void preview(Team& team, const typename K::Span& s, const Known<K>& known, const typename K::RowNoise& drawn, i64 row,
+               i64 column, int n) {
+  Writing<PASS, true> sink;
+  team.lanes([&](auto& m, int) { m.begin(); });
+  for (int i = 0; i < K::previews; i++) {
+    team.lanes([&](auto& m, int lane) {
+      m.forward(s, known.scalars, drawn, sink, row, column, n, lane, known.aligned);
+    });
+    agree<K>(team);
+  }
+}
+
 // `left` tiles of one span, from its tile `first` on, by one warp.
 template <class K, class Team>
 HD void run(Team& team, const typename K::Span& s, const Known<K>& known, i64 first, int left) {
   const i64 across = K::across(s);
   i64 row = first / across, column = first % across * K::tile;
   auto drawn = K::row_noise(known.noise, s.row0 + row);
+  Writing<K::rounds> sink;
   for (; left > 0; left--) {
     int n = (int)(s.cols - column < K::tile ? s.cols - column : K::tile);
-    team.lanes([&](auto& m, int lane) { m.forward(s, known.scalars, drawn, row, column, n, lane, known.aligned); });
+    if constexpr (K::previews > 0) preview<K, K::rounds>(team, s, known, drawn, row, column, n);
+    team.lanes([&](auto& m, int lane) {
+      m.forward(s, known.scalars, drawn, sink, row, column, n, lane, known.aligned);
+    });
     agree<K>(team);
     team.lanes([&](auto& m, int lane) { m.finish(s, drawn, row, column, n, lane, known.aligned); });
     column += K::tile;

@@ -1,7 +1,7 @@
 """Answers what rules ask: float64 local sums, then one flat all-reduce a mesh axis and round for all parameters.
 
 A parameter sharded over two mesh axes is reduced over the first, then over the second: every message is as long
-as what needs that axis, no group has to be made, and all ranks hold the same bits.
+as what needs that axis, no group has to be made, and all ranks hold the same bits. Whole matrices: `whole.py`.
 """
 
 from collections.abc import Sequence
@@ -12,15 +12,41 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardopt.asks import EVERYWHERE, Ask, Max, Mean, Sum, Total
+from shardopt.asks import EVERYWHERE, Ask, Max, Mean, Sum, Total, Whole
+from shardopt.dtensor.gram import Gram, Local
 from shardopt.dtensor.layout import Layout
+from shardopt.dtensor.plan import plan as plan_matrices
+from shardopt.dtensor.schedule import Planner, Schedule, Wanted, schedule
+from shardopt.dtensor.whole import Passage
+
+KEPT = 16  # schedules: as many sets of parameters can take turns in having gradients
 
 
 class Answers:
-    """Starts and finishes rounds, and counts: rounds with communication, collectives, bytes a rank sent in."""
+    """Starts and finishes rounds, and counts: rounds with communication, collectives, bytes a rank sent in.
 
-    def __init__(self) -> None:
-        self.rounds = self.collectives = self.bytes = 0
+    sent: those of the bytes that went to other ranks as pieces of matrices; worked: matrices this rank worked on
+    whole. planner: `shardopt.dtensor.plan.plan`, or with other options.
+    """
+
+    def __init__(self, planner: Planner = plan_matrices) -> None:
+        self.rounds = self.collectives = self.bytes = self.sent = self.worked = 0
+        self.planner = planner
+        self.schedules: dict[Any, Schedule] = {}
+        self.scheduled = Schedule((), {})
+
+    def announce(self, wanted: Sequence[tuple[Layout, Wanted]]) -> tuple[tuple[int, ...], ...]:
+        """Plan for all that will ask `Whole` in this step; returns the buckets in which they must ask, as positions.
+
+        What was planned once is not planned, or compared between ranks, again.
+        """
+        key = tuple((id(layout), work, wire, mode) for layout, (work, wire, mode) in wanted)
+        if key not in self.schedules:
+            if len(self.schedules) == KEPT:
+                del self.schedules[next(iter(self.schedules))]
+            self.schedules[key] = schedule(wanted, self.planner, self)
+        self.scheduled = self.schedules[key]
+        return self.scheduled.buckets
 
     def start(self, asked: Sequence[tuple[Layout, Ask]]) -> "Round":
         """Begin to answer; every rank must ask the same in the same order. `finish()` gives the answers, in order."""
@@ -31,13 +57,22 @@ class Round:
     """One round of asks on the way."""
 
     def __init__(self, counter: Answers, asked: Sequence[tuple[Layout, Ask]]) -> None:
-        self.counter, self.asked = counter, asked
-        self.values = [local_value(ask) for _, ask in asked]
-        self.steps = plan(asked)
+        self.counter, self.count = counter, len(asked)
+        before = counter.collectives
+        settled = [(layout, settle(counter, layout, ask)) for layout, ask in asked]
+        self.whole = [i for i, (_, ask) in enumerate(settled) if isinstance(ask, Whole)]
+        self.rest = [i for i, (_, ask) in enumerate(settled) if not isinstance(ask, Whole)]
+        self.asked = [settled[i] for i in self.rest]
+        self.values = [local_value(ask) for _, ask in self.asked]
+        self.steps = plan(self.asked)
         self.pending: Any = None
         if self.steps:
-            counter.rounds += 1
             self.issue()
+        self.passage: Passage | None = None
+        if self.whole:
+            route = counter.scheduled.route([asked[i][0] for i in self.whole])
+            self.passage = Passage(route, [asked[i][1].x for i in self.whole], counter)
+        counter.rounds += counter.collectives > before
 
     def issue(self) -> None:
         """Send the next message: the values that need this mesh axis, end to end."""
@@ -51,7 +86,7 @@ class Round:
 
     def advance(self) -> bool:
         """Work that must be done before the last message can travel; whether another message is now on its way."""
-        return False
+        return self.passage is not None and self.passage.advance()
 
     def finish(self) -> list[Tensor]:
         while self.steps:
@@ -64,7 +99,23 @@ class Round:
             self.steps.pop(0)
             if self.steps:
                 self.issue()
-        return [answer(layout, ask, value) for (layout, ask), value in zip(self.asked, self.values)]
+        while self.advance():
+            pass
+        found = {i: answer(*asked, value) for i, asked, value in zip(self.rest, self.asked, self.values)}
+        if self.passage is not None:
+            found.update(zip(self.whole, self.passage.results))
+        return [found[i] for i in range(self.count)]
+
+
+def settle(counter: Answers, layout: Layout, ask: Any) -> Any:
+    """The ask itself; for a `Whole` that moves no matrices, what is asked instead, by its mode and the plan's."""
+    if not isinstance(ask, Whole):
+        return ask
+    assert id(layout) in counter.scheduled.tasks, "a rule that asks Whole announces it: Rule.whole"
+    task = counter.scheduled.tasks[id(layout)]
+    if "local" in (ask.mode, task.mode):
+        return Local(ask.x, ask.work)
+    return Gram(ask.x, ask.work, task.cut) if task.mode == "gram" else ask
 
 
 def plan(asked: Sequence[tuple[Layout, Ask]]) -> list[tuple[Any, int, Any, list[int]]]:
@@ -77,15 +128,17 @@ def plan(asked: Sequence[tuple[Layout, Ask]]) -> list[tuple[Any, int, Any, list[
         if layout.mesh not in meshes:
             meshes.append(layout.mesh)
         for axis in axes_of(layout, ask):
-            kind = "max" if isinstance(ask, Max) else "sum"
+            kind = "max" if isinstance(ask, Max) else "gram" if isinstance(ask, Gram) else "sum"
             messages.setdefault((layout.mesh, axis, kind), []).append(i)
-    ops = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+    ops = {"sum": dist.ReduceOp.SUM, "gram": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
     order = sorted(messages, key=lambda m: (meshes.index(m[0]), m[1], m[2]))
     return [(mesh, axis, ops[kind], messages[mesh, axis, kind]) for mesh, axis, kind in order]
 
 
 def axes_of(layout: Layout, ask: Ask) -> tuple[int, ...]:
     """The mesh axes over which this ask is reduced."""
+    if isinstance(ask, Local):
+        return ()
     if isinstance(ask, Total):
         return layout.sharding
     if ask.over == EVERYWHERE:
@@ -105,11 +158,13 @@ def dims_over(layout: Layout, ask: Sum | Mean | Max) -> tuple[int, ...]:
     return tuple(dim % ndim for dim in dims)
 
 
-def local_value(ask: Ask) -> Tensor:
-    """The local share: sums in float64, maxima and totals as they come."""
+def local_value(ask: Any) -> Tensor:
+    """The local share: sums in float64, products in float32, the rest as it comes."""
+    if isinstance(ask, Gram):
+        return ask.products()
     if isinstance(ask, Max):
         return ordered(ask.x)
-    if isinstance(ask, Total):
+    if isinstance(ask, Total | Local):
         return ask.x
     if ask.dim is None:
         return ask.x.sum(dtype=torch.float64)
@@ -118,8 +173,12 @@ def local_value(ask: Ask) -> Tensor:
     return ask.x.sum(dim=ask.dim, dtype=torch.float64)
 
 
-def answer(layout: Layout, ask: Ask, value: Tensor) -> Tensor:
+def answer(layout: Layout, ask: Any, value: Tensor) -> Tensor:
     """What the asker gets: 0-d stays float64, lines become float32; a mean is over the GLOBAL count."""
+    if isinstance(ask, Gram):
+        return ask.answer(value)
+    if isinstance(ask, Local):
+        return ask.answer()
     if isinstance(ask, Mean):
         value = value / max(1, prod(layout.geo.view[dim] for dim in dims_over(layout, ask)))
     if isinstance(ask, Max):

@@ -37,8 +37,8 @@ class Call:
         rows[:, KEY] = item.state[KEY_NAME].data_ptr() if KEY_NAME in item.state else 0
         rows[:, GROUP] = len(self.groups) - 1
         rows[:, TILE0] += self.tiles
-        for i, name in enumerate(shape.names):
-            rows[:, PARTS + i] += item.state[name].data_ptr()
+        for i, part in enumerate(shape.parts):
+            rows[:, PARTS + i] += item.state[part.name].data_ptr()
         self.rows.append(rows)
         self.steps.append(step)
         self.members.append(member)
@@ -54,6 +54,9 @@ class Call:
     def run(self, gradients: np.ndarray, totals: Mapping[str, Any], taken: Tensor | None = None) -> None:
         """gradients: pointers of all items' gradients, int64. totals: what was asked of all parameters, by add-on.
         taken: 0-d bool on the device, False: nothing is written."""
+        self.function(self.spans, self.tiles, self.numbers(gradients, totals), self.counters, taken)
+
+    def numbers(self, gradients: np.ndarray, totals: Mapping[str, Any]) -> list[list[Any]]:
+        """The numbers of every group, once the spans have these gradients."""
         self.spans[:, G] = gradients[self.owner] + self.inside
-        numbers = [key.numbers(group, totals) for key, group in self.groups]
-        self.function(self.spans, self.tiles, numbers, self.counters, taken)
+        return [key.numbers(group, totals) for key, group in self.groups]

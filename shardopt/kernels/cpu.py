@@ -123,26 +123,46 @@ def library(key: Key, backend: str = "cpu") -> ctypes.CDLL:
 @cache
 def load(key: Key) -> "Stepper":
     """The native step of a key, compiled if it has to be. NoCompiler where it cannot."""
-    return Stepper(library(key).shardopt_step)
+    return Stepper(library(key))
 
 
 class Stepper:
     """Calls a native step; the same interface as `launcher.Launcher`."""
 
-    def __init__(self, step: Any) -> None:
+    def __init__(self, library: ctypes.CDLL) -> None:
         pointer, number = ctypes.c_void_p, ctypes.c_longlong
-        step.argtypes = [pointer, number, number, pointer, number, pointer, number, ctypes.c_int]
-        step.restype = None
-        self.step = step
+        self.step, self.add_up = library.shardopt_step, library.shardopt_pass
+        self.step.argtypes = [pointer, number, number, pointer, number, pointer, number, ctypes.c_int, pointer]
+        self.add_up.argtypes = [number, pointer, number, pointer, number, ctypes.c_int, pointer]
+        self.step.restype = self.add_up.restype = None
 
     def __call__(
-        self, spans: np.ndarray, tiles: int, numbers: Sequence[Any], counters: np.ndarray, taken: Any = None
+        self,
+        spans: np.ndarray,
+        tiles: int,
+        numbers: Sequence[Any],
+        counters: np.ndarray,
+        taken: Any = None,
+        asked: np.ndarray | None = None,
     ) -> None:
-        """Step everything, with torch's number of threads. taken: a flag of another device is read (offloading)."""
+        """Step everything, with torch's number of threads. taken: a flag of another device is read (offloading).
+        asked: what a kernel that asks is told besides, the twin of `Asked` in csrc/cpu.h."""
         if taken is not None and not bool(taken):
             return
-        values = np.array([[float(x) for x in row] for row in numbers], dtype=np.float64)
+        values = doubles(numbers)
         self.step(
             spans.ctypes.data, len(spans), tiles, values.ctypes.data, values.shape[1],
-            counters.ctypes.data, len(counters), torch.get_num_threads(),
+            counters.ctypes.data, len(counters), torch.get_num_threads(), None if asked is None else asked.ctypes.data,
         )  # fmt: skip
+
+    def sums(self, which: int, spans: np.ndarray, numbers: Sequence[Any], asked: np.ndarray) -> None:
+        """What is asked in round `which`, added up over what is local."""
+        values = doubles(numbers)
+        self.add_up(
+            which, spans.ctypes.data, len(spans), values.ctypes.data, values.shape[1],
+            torch.get_num_threads(), asked.ctypes.data,
+        )  # fmt: skip
+
+
+def doubles(numbers: Sequence[Any]) -> np.ndarray:
+    return np.array([[float(x) for x in row] for row in numbers], dtype=np.float64)

@@ -7,8 +7,21 @@ from typing import Any
 
 import torch
 
+from shardopt.addons import GradientCentralization
 from shardopt.codecs import Codec
-from shardopt.kernels.twins import ADDONS, BEFORE, MEMORY, RULES, TABLES, NoTwin, Twin, codec_twin, table_source
+from shardopt.kernels.twins import (
+    ADDONS,
+    BEFORE,
+    FACTORED,
+    MEMORY,
+    RULES,
+    TABLES,
+    NoTwin,
+    Round,
+    Twin,
+    codec_twin,
+    table_source,
+)
 from shardopt.recipe import Recipe
 
 Codecs = tuple[tuple[str, Codec], ...]
@@ -18,7 +31,8 @@ Codecs = tuple[tuple[str, Codec], ...]
 class Key:
     """cpp: the C++ type `Step<...>`. words: for people. twins: whose numbers are passed, in order.
 
-    blocks: of the codecs that have some; noisy: whether noise is drawn, so that rows and columns matter.
+    blocks: of the codecs that have some; noisy: whether noise is drawn, so that rows and columns matter. rounds: what
+    is asked, round by round, in the reference's order; stored: whether the step uses what will be read back.
     """
 
     cpp: str
@@ -26,6 +40,23 @@ class Key:
     twins: tuple[Twin, ...]
     blocks: tuple[int, ...]
     noisy: bool
+    rounds: tuple[Round, ...] = ()
+    stored: bool = False
+
+    @property
+    def passes(self) -> bool:
+        """Whether a tile is walked more than once."""
+        return bool(self.rounds) or self.stored
+
+    @property
+    def factored(self) -> bool:
+        """Whether rows and columns of every matrix are summed."""
+        return FACTORED in self.rounds
+
+    @property
+    def placed(self) -> bool:
+        """Whether it matters in which row and column an element lies."""
+        return self.noisy or bool(self.blocks) or any("row means" in asked for asked in self.rounds)
 
     @property
     def tile(self) -> int:
@@ -51,32 +82,44 @@ def key_of(
     parameter: torch.dtype,
     gradient: torch.dtype,
     before: tuple[str, ...] = (),
+    matrix: bool = True,
 ) -> Key:
-    """The key of a step. before: "unscale", "zero", "maximize", what is done to the gradient first. Raises NoTwin."""
+    """The key of a step. before: "unscale", "zero", "maximize", what is done to the gradient first. matrix: whether the
+    view has rows and columns. Raises NoTwin."""
     check_recipe(recipe)
     for what, dtype in (("parameters", parameter), ("gradients", gradient)):
         if dtype not in MEMORY:
             raise NoTwin(f"{what} of {dtype} have no native twin")
-    rule = RULES[type(recipe.rule)](recipe.rule)
+    rule = RULES[type(recipe.rule)](recipe.rule, parameter)
     slots = [codec_twin(codec, slot) for slot, codec in codecs]
-    stages = {stage: [ADDONS[type(a)](a) for a in recipe.stage(stage)] for stage in ("gradient", "direction", "decay")}
+    acting = [addon for addon in recipe.addons if matrix or type(addon) is not GradientCentralization]
+    stages = {
+        stage: [ADDONS[type(addon)](addon) for addon in acting if addon.stage == stage]
+        for stage in ("gradient", "direction", "decay")
+    }
     stages["gradient"] = [BEFORE[word] for word in before] + stages["gradient"]
     chains = ["Chain<" + ", ".join(twin.cpp for twin in stages[stage]) + ">" for stage in stages]
     write = {"nearest": "Nearest", "stochastic": "Stochastic"}.get(recipe.rounding) or kahan(recipe, parameter)
     memory = f"{MEMORY[parameter]}, {MEMORY[gradient]}"
-    cpp = f"Step<{memory}, {rule.cpp}, Slots<{', '.join(slots)}>, {', '.join(chains)}, {write}>"
+    stored = ", true" if recipe.update_from == "stored" else ""
+    cpp = f"Step<{memory}, {rule.cpp}, Slots<{', '.join(slots)}>, {', '.join(chains)}, {write}{stored}>"
+    asked = [asked for twin in stages["gradient"] for asked in twin.rounds]
+    asked += [FACTORED] * ("Factored" in slots) + [*rule.rounds]
+    asked += [asked for twin in stages["direction"] for asked in twin.rounds]
     return Key(
         cpp,
         words_of(recipe, codecs, memory, before),
         (rule, *stages["gradient"], *stages["direction"], *stages["decay"]),
         tuple(codec.block for _, codec in codecs if hasattr(codec, "block")),
         recipe.write.noisy(parameter) or any(codec.noisy for _, codec in codecs),
+        tuple(asked),
+        bool(stored),
     )
 
 
 def key_at(recipe: Recipe, view: tuple[int, ...], parameter: torch.dtype, gradient: torch.dtype) -> Key:
     """The key of a parameter of this GLOBAL view."""
-    return key_of(recipe, tuple(recipe.codecs(view, parameter).items()), parameter, gradient)
+    return key_of(recipe, tuple(recipe.codecs(view, parameter).items()), parameter, gradient, matrix=len(view) > 1)
 
 
 def words_of(recipe: Recipe, codecs: Codecs, memory: str, before: tuple[str, ...]) -> str:
@@ -90,8 +133,6 @@ def check_recipe(recipe: Recipe) -> None:
     """NoTwin where no parameter of this recipe can have a kernel, whatever its shape and dtype."""
     if type(recipe.rule) not in RULES:
         raise NoTwin(f"rule {recipe.rule.name} has no native twin")
-    if recipe.update_from != "fresh":
-        raise NoTwin(f"update_from={recipe.update_from!r} has no native twin")
     for addon in recipe.addons:
         if type(addon) not in ADDONS:
             raise NoTwin(f"add-on {addon.name} has no native twin")

@@ -10,14 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shardopt.asks import Asking
 from shardopt.kernels import cpu, cuda
 from shardopt.kernels.cache import NoCompiler
 from shardopt.kernels.call import Call
 from shardopt.kernels.key import Key, check_recipe, key_of
-from shardopt.kernels.replay import Replay, facts_of
-from shardopt.kernels.spans import Part, Shape, shape_of
+from shardopt.kernels.passes import Buckets
+from shardopt.kernels.replay import Agreed, Prelude, Replay, facts_of
+from shardopt.kernels.spans import Shape, parts_of, shape_of
+from shardopt.kernels.survey import Survey, possible
 from shardopt.kernels.twins import NoTwin
-from shardopt.state import part_specs
 
 OFF = os.environ.get("SHARDOPT_FUSED") == "0"  # for machines whose compiler must not be used
 SAID: set[str] = set()
@@ -36,14 +38,17 @@ class Native:
     """The kernels of one optimizer.
 
     required: fused=True, so that a parameter without a kernel is an error. Of the last full step: calls; stepped and
-    left, how many parameters they stepped and how many were left to the reference.
+    left, how many parameters they stepped and how many were left to the reference; asked, how many of the former ask.
     """
 
     def __init__(self, required: bool = False) -> None:
         self.required = required
         self.calls: list[Call] = []
-        self.stepped = self.left = 0
+        self.stepped = self.left = self.asked = 0
+        self.buckets = Buckets()
         self.replay: Replay | None = None
+        self.prelude: Prelude | None = None  # of the step under way, if it has one and kernels surveyed for it
+        self.fresh = False  # whether `calls` are those of the step under way
         self.found: dict[Any, tuple[Found | str, Any]] = {}
 
     @classmethod
@@ -67,14 +72,14 @@ class Native:
         policy: Any,
         taken: Tensor | None = None,
     ) -> list[Any]:
-        """Step what has a kernel; returns the items that have none, in order. others: those that ask, for which there
-        are no kernels; taken: 0-d bool on the device, False: nothing is written. ValueError, before anything is
-        written, where kernels are required."""
+        """Step what has a kernel; returns the items that have none, in order. others: those that ask, which `passes`
+        steps; taken: 0-d bool on the device, False: nothing is written. ValueError, before anything is written, where
+        kernels are required."""
         before = prologue(policy)
         calls: dict[str, Call] = {}
         left: list[Any] = []
         gradients: list[Tensor] = []
-        self.prepare(items, before)
+        self.prepare([*items, *others], before)
         for item in items:
             found = self.find(item, before)
             if isinstance(found, str):
@@ -84,28 +89,69 @@ class Native:
                 calls[found.key.cpp] = Call(found.key.cpp, found.step)
             calls[found.key.cpp].add(item, found.key, found.shape, len(gradients))
             gradients.append(item.grad.contiguous())
-        if self.required and (left or others):
-            raise ValueError(refusal(dict.fromkeys(str(self.find(item, before)) for item in (*left, *others))))
+        refused = [*left, *(item for item in others if isinstance(self.find(item, before), str))]
+        if self.required and refused:
+            raise ValueError(refusal(dict.fromkeys(str(self.find(item, before)) for item in refused)))
         numbers = {**totals, "grad_scale": policy.grad_scale}
         addresses = np.array([gradient.data_ptr() for gradient in gradients], dtype=np.int64)
         for call in calls.values():
             call.close()
             call.run(addresses, numbers, taken)
-        self.calls, self.stepped, self.left = list(calls.values()), len(gradients), len(left) + len(others)
+        self.calls, self.stepped, self.left = list(calls.values()), len(gradients), len(refused)
+        self.asked, self.fresh = 0, True
         return left
+
+    def passes(
+        self, bucket: Sequence[Any], totals: Mapping[str, Tensor], policy: Any, taken: Tensor | None = None
+    ) -> tuple[list[Asking], list[int]]:
+        """The steps of a bucket of what asks, one for all members that share a kernel, as `shardopt.engine.drive` wants
+        them; and the positions of the members that have none."""
+        before = prologue(policy)
+        calls, left = self.buckets.calls(bucket, [self.find(item, before) for item in bucket])
+        gradients = [item.grad.contiguous() for item in bucket]
+        addresses = np.array([gradient.data_ptr() for gradient in gradients], dtype=np.int64)
+        numbers = {**totals, "grad_scale": policy.grad_scale}
+        self.calls += calls
+        self.stepped += len(bucket) - len(left)
+        self.asked += len(bucket) - len(left)
+        return [call.stepping(addresses, numbers, gradients, taken) for call in calls], left
+
+    def survey(
+        self, items: Sequence[Any], shares: Sequence[Any], meshes: Sequence[Any], policy: Any
+    ) -> tuple[list[Tensor], Tensor] | None:
+        """This rank's part of what is asked in front of the rules, see `shardopt.prelude`; None where the reference
+        must look. Kept for `again`."""
+        gradients = [item.grad.contiguous() for item in items]
+        if OFF or not possible(gradients, shares):
+            return None
+        try:
+            survey = Survey(gradients, shares)
+        except NoCompiler as why:
+            say(str(why))
+            return None
+        self.prelude = Prelude(survey, shares, meshes)
+        return survey.run(np.array([g.data_ptr() for g in gradients], dtype=np.int64), policy)
 
     def remember(self, groups: Sequence[Any], recipes: Sequence[Any], states: Any, policy: Any) -> None:
         """Keep the step just taken for `again`, if kernels did all of it."""
-        facts = facts_of(groups, recipes, policy)
         took_part = sum(p.grad is not None for group in groups for p in group["params"])
+        known = self.prelude is not None or not has_prelude(recipes, policy)
         self.replay = None
-        if facts is not None and self.stepped == took_part:
-            replay = Replay(groups, states, facts, self.calls)
+        if self.fresh and known and self.stepped - self.asked == took_part:
+            replay = Replay(groups, states, facts_of(groups, recipes, policy), self.calls, self.prelude)
             self.replay = replay if replay.possible else None
+        self.fresh, self.prelude = False, None
 
-    def again(self, groups: Sequence[Any], recipes: Sequence[Any], states: Any, policy: Any) -> bool:
-        """Take the last step again, with the gradients and numbers of now; False where it must be looked at anew."""
-        return self.replay is not None and self.replay.run(groups, states, facts_of(groups, recipes, policy))
+    def again(
+        self, groups: Sequence[Any], recipes: Sequence[Any], states: Any, policy: Any, answers: Any, agreed: Agreed
+    ) -> tuple[Tensor | None] | None:
+        """Take the last step again, with the gradients and numbers of now; None where it must be looked at anew.
+
+        Returns (whether the step was taken,), as `shardopt.prelude.agreed` has it.
+        """
+        if self.replay is None:
+            return None
+        return self.replay.run(groups, states, facts_of(groups, recipes, policy), policy, answers, agreed)
 
     @property
     def ran(self) -> list[str]:
@@ -148,10 +194,7 @@ class Native:
 
     def look(self, item: Any, before: tuple[str, ...]) -> Found:
         key = key_of_item(item, before)
-        parts = [
-            Part(name, part.dtype.itemsize, 1 if part.dims is None else part.dims[-1][1])
-            for name, part in part_specs(item.codecs, item.layout).items()
-        ]
+        parts = parts_of(item.codecs, item.layout)
         shape = shape_of(item.layout.geo, key, parts, item.p.element_size(), item.grad.element_size())
         return Found(key, self.load(key, item.p.device), shape)
 
@@ -167,6 +210,11 @@ class Native:
         """The kernel for a device."""
         self.compiler(device)
         return cpu.load(key) if device.type == "cpu" else cuda.load(key, device)
+
+
+def has_prelude(recipes: Sequence[Any], policy: Any) -> bool:
+    """Whether something is asked of all gradients before the rules."""
+    return policy.nonfinite == "skip" or any(addon.before_round for recipe in recipes for addon in recipe.addons)
 
 
 def prologue(policy: Any) -> tuple[str, ...]:
@@ -195,10 +243,12 @@ def key_for(
         raise NoTwin("SHARDOPT_FUSED=0 switches kernels off")
     if device.type not in ("cpu", "cuda"):
         raise NoTwin(f"there are no kernels for {device.type}")
-    key = key_of(recipe, tuple(codecs.items()), *dtypes, before)
+    key = key_of(recipe, tuple(codecs.items()), *dtypes, before, len(layout.geo.view) > 1)
+    if device.type == "cuda" and key.rounds:
+        raise NoTwin("what asks has kernels for CPUs only")
     if device.type == "cuda" and max(key.blocks, default=0) > WIDEST_GPU:
         raise NoTwin(f"blocks of more than {WIDEST_GPU} elements do not fit a GPU's registers")
-    if any(codec.asks(layout.geo) for codec in codecs.values()):
+    if any(layout.geo.straddles(getattr(codec, "block", 1)) for codec in codecs.values()):
         raise NoTwin("blocks lie on several ranks")
     return key
 

@@ -4,22 +4,36 @@ Everything that a step looks up is a function of things that rarely change. This
 address, about half a microsecond a parameter, and gives way to the full step wherever one of them is another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from shardopt.kernels.call import Call
+from shardopt.kernels.survey import Survey
+
+Agreed = Callable[..., tuple[dict[str, Tensor], Tensor | None]]  # shardopt.prelude.agreed, which lies above
+
+
+class Prelude(NamedTuple):
+    """What a step asks in front of the rules: `shares` and `meshes` of shardopt.prelude, and who looks for them."""
+
+    survey: Survey
+    shares: Sequence[Any]
+    meshes: Sequence[Any]
 
 
 class Replay:
     """How the last step can be taken again."""
 
-    def __init__(self, groups: Sequence[Any], states: Any, facts: Any, calls: Sequence[Call]) -> None:
+    def __init__(
+        self, groups: Sequence[Any], states: Any, facts: Any, calls: Sequence[Call], prelude: Prelude | None = None
+    ) -> None:
         """groups: the optimizer's param groups; facts: see `facts_of`."""
-        self.facts, self.calls = facts, calls
+        self.facts, self.calls, self.prelude = facts, calls, prelude
         self.parameters = [p for group in groups for p in group["params"]]
         self.stepped = [p for p in self.parameters if p.grad is not None]
         self.idle = [p for p in self.parameters if p.grad is None]
@@ -35,17 +49,25 @@ class Replay:
         """All parameters are DTensors or none is: each kind has its own way to the local tensor."""
         return len(self.specs) in (0, len(self.stepped))
 
-    def run(self, groups: Sequence[Any], states: Any, facts: Any) -> bool:
-        """Take the step; False, with nothing touched, where something is not as it was."""
+    def run(
+        self, groups: Sequence[Any], states: Any, facts: Any, policy: Any, answers: Any, agreed: Agreed
+    ) -> tuple[Tensor | None] | None:
+        """Take the step, unless all ranks skip it: (whether it was taken,). None, with nothing touched and nothing
+        asked, where something is not as it was."""
         if facts != self.facts or not same([p for group in groups for p in group["params"]], self.parameters):
-            return False
+            return None
         pointers = self.pointers() if self.at_home(states) else None
         if pointers is None:
-            return False
+            return None
         addresses = np.array(pointers, dtype=np.int64)
-        for call in self.calls:
-            call.run(addresses, {})
-        return True
+        survey, shares, meshes = self.prelude or (None, (), ())
+        found = survey.run(addresses, policy) if survey is not None else ((), None)
+        totals, taken = agreed(shares, meshes, *found, answers, policy)
+        on_host = taken is None or taken.device.type == "cpu"
+        if taken is None or not on_host or bool(taken):
+            for call in self.calls:
+                call.run(addresses, {**totals, "grad_scale": policy.grad_scale}, None if on_host else taken)
+        return (taken,)
 
     def pointers(self) -> list[int] | None:
         """Addresses of the gradients; None unless they are of the kind that they were, and nobody else has one."""
@@ -77,9 +99,6 @@ def same(these: Sequence[Any], those: Sequence[Any]) -> bool:
 
 
 def facts_of(groups: Sequence[Any], recipes: Sequence[Any], policy: Any) -> Any:
-    """What else a step depends on, numbers of the param groups aside. None where every step must look anew."""
-    if policy.grad_scale is not None or policy.found_inf is not None or policy.nonfinite == "skip":
-        return None
-    if any(addon.before_round for recipe in recipes for addon in recipe.addons):
-        return None
-    return policy.nonfinite, [(id(g), id(r), bool(g.get("maximize"))) for g, r in zip(groups, recipes)]
+    """What else a step depends on, numbers of the param groups and GradScaler's aside."""
+    scaled = policy.grad_scale is not None
+    return policy.nonfinite, scaled, [(id(g), id(r), bool(g.get("maximize"))) for g, r in zip(groups, recipes)]

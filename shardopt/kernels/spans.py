@@ -1,51 +1,120 @@
-"""Descriptors: what a kernel is told of one parameter, as rows of int64 that mirror `Span` in csrc/step.h."""
+"""Descriptors: what a kernel is told of one parameter, as rows of int64 that mirror structs in csrc/step.h."""
 
+from collections.abc import Mapping
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from shardopt.codecs.geometry import Geometry
 from shardopt.kernels.key import Key
+from shardopt.state import part_specs
 
-# columns of a row; the pointers of the parts follow
+# columns of a `Span`; the pointers of the parts follow
 P, G, STEP, KEY, GROUP, ROWS, COLS, ROW0, COL0, LD, TILE0, PARTS = range(12)
+# columns of a `Place`
+PARAMETER, MATRIX, LINE, COLUMN, HIGH, WIDE, ACROSS, ROWS0, COLS0, PIECE0 = range(10)
+
+PIECE = 1 << 14  # elements of a piece of what asks
+HIGH_PIECE, WIDE_PIECE = 1 << 10, 1 << 11  # of one whose columns are summed: its sums are few beside its elements
 
 
 class Part(NamedTuple):
-    """A stored part of a slot: its name, bytes of an entry, and how many columns share one."""
+    """A stored part of a slot: its name, bytes of an entry, how many columns share one; or an entry a row or column."""
 
     name: str
     bytes: int
-    columns: int
+    columns: int = 1
+    line: str = ""
+
+
+class Places(NamedTuple):
+    """The places of a parameter's spans, as they are; how many pieces and doubles of sums they have together."""
+
+    rows: np.ndarray  # (spans, 10) int64
+    pieces: int
+    sums: int
 
 
 class Shape(NamedTuple):
-    """The spans of one parameter: where a pointer belongs, what is added to it, in bytes; everything else as it is."""
+    """The spans of one parameter: where a pointer belongs, what is added to it, in bytes; everything else as it is.
+
+    places: the same of their places, in pieces as they are best added up without and with sums of columns.
+    """
 
     offsets: np.ndarray  # (spans, 11 + parts) int64
     tiles: int
-    names: tuple[str, ...]  # of the parts
+    parts: tuple[Part, ...]
+    places: dict[bool, Places]
+
+
+def parts_of(codecs: Mapping[str, Any], layout: Any) -> list[Part]:
+    """The stored parts of a parameter, in order."""
+    ndim, found = len(layout.geo.view), []
+    for name, part in part_specs(codecs, layout).items():
+        if part.dims is None or len(part.dims) == ndim:
+            found.append(Part(name, part.dtype.itemsize, 1 if part.dims is None else part.dims[-1][1]))
+        else:
+            found.append(Part(name, part.dtype.itemsize, line="column" if part.dims[-1][0] == ndim - 1 else "row"))
+    return found
 
 
 def shape_of(geo: Geometry, key: Key, parts: list[Part], p_bytes: int, g_bytes: int) -> Shape:
     """One span for every run of rows and of columns; one row of everything where no place matters."""
-    if not key.noisy and not key.blocks:
+    if not key.placed:
         ld = prod(geo.local)
         pieces = [((0, 0, 1), (0, 0, ld))] if ld else []
     else:
         ld = geo.local[-1]
-        pieces = [(rows, columns) for rows in row_runs(geo) for columns in column_runs(geo)]
+        rows = in_matrices(row_runs(geo), geo.local[-2]) if key.factored else row_runs(geo)
+        pieces = [(rows, columns) for rows in rows for columns in column_runs(geo)]
     offsets = np.zeros((len(pieces), PARTS + max(1, len(parts))), dtype=np.int64)  # Span has one pointer at least
     tiles = 0
     for i, ((row, row0, n_rows), (col, col0, n_cols)) in enumerate(pieces):
         offsets[i, ROWS:PARTS] = (n_rows, n_cols, row0, col0, ld, tiles)
         offsets[i, P] = (row * ld + col) * p_bytes
         offsets[i, G] = (row * ld + col) * g_bytes
+        matrix = row // geo.local[-2] if key.factored else 0
         for j, part in enumerate(parts):
-            offsets[i, PARTS + j] = (row * -(-ld // part.columns) + col // part.columns) * part.bytes
+            entry = row * -(-ld // part.columns) + col // part.columns
+            offsets[i, PARTS + j] = {"row": row, "column": matrix * ld + col}.get(part.line, entry) * part.bytes
         tiles += n_rows * -(-n_cols // key.tile)
-    return Shape(offsets, tiles, tuple(part.name for part in parts))
+    kinds = {"column means" in asked for asked in key.rounds}
+    return Shape(offsets, tiles, tuple(parts), {by: places_of(geo, key, pieces, by) for by in kinds})
+
+
+def places_of(geo: Geometry, key: Key, spans: list[Any], by_column: bool) -> Places:
+    """Where spans, pairs of a run of rows and one of columns, lie in the parameter and in its sums."""
+    found = np.zeros((len(spans), PIECE0 + 1), dtype=np.int64)
+    pieces = sums = 0
+    for i, ((row, _, rows), (col, _, cols)) in enumerate(spans):
+        matrix = row // geo.local[-2] if key.factored else 0
+        high, wide = sides(key, cols, by_column)
+        down, across = -(-rows // high), -(-cols // wide)
+        by_row = across * rows
+        found[i] = (0, matrix, row, matrix * geo.local[-1] + col, high, wide, across, sums, sums + by_row, pieces)
+        pieces += down * across
+        sums += by_row + down * cols * by_column
+    return Places(found, pieces, sums)
+
+
+def sides(key: Key, cols: int, by_column: bool) -> tuple[int, int]:
+    """Rows and columns of a piece, by the shape alone."""
+    if by_column:
+        return HIGH_PIECE, max(WIDE_PIECE, key.tile)
+    wide = min(-(-cols // key.tile) * key.tile, PIECE)
+    return max(1, PIECE // wide), wide
+
+
+def in_matrices(runs: list[tuple[int, int, int]], rows: int) -> list[tuple[int, int, int]]:
+    """Runs of rows cut where a matrix of so many local rows ends."""
+    found = []
+    for row, row0, length in runs:
+        while length:
+            here = min(length, rows - row % rows)
+            found.append((row, row0, here))
+            row, row0, length = row + here, row0 + here, length - here
+    return found
 
 
 def row_runs(geo: Geometry) -> list[tuple[int, int, int]]:

@@ -12,6 +12,7 @@ from shardopt import addons, codecs, rules
 from shardopt.codecs.dynamic import table
 from shardopt.codecs.noise import stream_of
 from shardopt.rules import Rule
+from shardopt.rules.base import Hyper
 
 MEMORY = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 WIDEST = 4096  # elements of a block that a thread keeps between its two passes
@@ -21,11 +22,16 @@ class NoTwin(Exception):
     """Why something runs on the reference; the message is a clause, for users."""
 
 
+Round = tuple[str, ...]  # what one round asks, by the words of `shardopt.kernels.passes`
+
+
 class Twin(NamedTuple):
-    """cpp: the struct. numbers: (param group, totals) -> its numbers, floats or 0-d tensors, in the struct's order."""
+    """cpp: the struct. numbers: (param group, totals) -> its numbers, floats or 0-d tensors, in the struct's order.
+    rounds: what it asks."""
 
     cpp: str
     numbers: Callable[[Any, Any], list[Any]]
+    rounds: tuple[Round, ...] = ()
 
 
 def flag(value: Any) -> str:
@@ -63,11 +69,28 @@ def rmsprop(rule: rules.RMSprop) -> Twin:
     return Twin(f"RMSprop<{', '.join(map(flag, switches))}>", from_group("lr", "alpha", "eps", "momentum"))
 
 
-RULES: dict[type[Rule], Callable[[Any], Twin]] = {
-    rules.AdamW: adamw,
-    rules.Lion: lambda rule: Twin("Lion", from_group("lr", "betas")),
-    rules.SGD: sgd,
-    rules.RMSprop: rmsprop,
+def adafactor(rule: rules.Adafactor, dtype: torch.dtype) -> Twin:
+    raw = rule.momentum == "raw"
+    switches = (rule.beta1, raw, rule.beta2 is not None, rule.d, rule.scale_parameter, rule.relative_step)
+    decay = ("torch", "scaled", "decoupled").index(rule.decay)
+
+    def numbers(group: Any, totals: Any) -> list[Any]:
+        epsilons = rule.epsilons(Hyper(group, dtype=dtype))
+        beta1, beta2 = group["beta1"] or 0.0, group["beta2"] or 0.0
+        return [group["lr"], group["beta2_decay"], beta2, beta1, group["d"], group["eps"][1], *epsilons]
+
+    asked = ("mean",) * (bool(rule.d) + rule.scale_parameter)
+    words = ", ".join(map(flag, (*switches, rule.bias_correction)))
+    return Twin(f"Adafactor<{words}, {decay}>", numbers, (asked,) if asked else ())
+
+
+# (rule, dtype of the parameter) -> its twin
+RULES: dict[type[Rule], Callable[[Any, torch.dtype], Twin]] = {
+    rules.AdamW: lambda rule, dtype: adamw(rule),
+    rules.Lion: lambda rule, dtype: Twin("Lion", from_group("lr", "betas")),
+    rules.SGD: lambda rule, dtype: sgd(rule),
+    rules.RMSprop: lambda rule, dtype: rmsprop(rule),
+    rules.Adafactor: adafactor,
 }
 
 
@@ -78,7 +101,13 @@ def clip_factor(addon: addons.ClipByGlobalNorm) -> Callable[[Any, Any], list[Any
 ADDONS: dict[type[addons.Addon], Callable[[Any], Twin]] = {
     addons.ClipByGlobalNorm: lambda addon: Twin("ClipByGlobalNorm", clip_factor(addon)),
     addons.CoupledDecay: lambda addon: Twin("CoupledDecay", from_group("weight_decay")),
+    addons.GradientCentralization: lambda addon: Twin("Centralize", nothing, (("row means",),)),
+    addons.OrthoGrad: lambda addon: Twin("OrthoGrad", nothing, (("sum", "sum", "sum"), ("sum",))),
     addons.Grams: lambda addon: Twin("Grams", nothing),
+    addons.RMSClip: lambda addon: Twin("RMSClip", lambda group, totals: [addon.d], (("mean",),)),
+    addons.Cautious: lambda addon: Twin(
+        f"Cautious<{flag(addon.count == 'active')}>", lambda group, totals: [addon.floor], (("sum", "sum"),)
+    ),
     addons.WeightDecay: lambda addon: Twin("WeightDecay", from_group("weight_decay")),
     addons.CautiousDecay: lambda addon: Twin("CautiousDecay", from_group("weight_decay")),
 }
@@ -105,7 +134,9 @@ CODECS: dict[type[codecs.Codec], tuple[str, tuple[str, ...]]] = {
     codecs.CODECS["log8"]: ("Log8", ("block", "noise")),
     codecs.CODECS["log16"]: ("Log16", ("block", "noise")),
     codecs.CODECS["log4"]: ("Log4", ("block", "noise")),
+    codecs.CODECS["factored"]: ("Factored", ()),
 }
+FACTORED: Round = ("row means", "column means", "means", "means of rows")  # what the recurrence of its slot asks
 
 
 def codec_twin(codec: codecs.Codec, slot: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from shardopt.asks import Asking, Slot
+from shardopt.asks import Asking, Slot, Wire
 
 
 class Hyper:
@@ -52,6 +52,25 @@ class Rule:
 
     def slots(self) -> tuple[Slot, ...]:
         return ()
+
+    def formats(self) -> tuple[str, ...]:
+        """Codecs that the rule itself names (of what travels), to be checked."""
+        return ()
+
+    def unfit(self, view: tuple[int, ...]) -> str | None:
+        """Why the update is not defined on a parameter of this GLOBAL view, if it is not."""
+        return None
+
+    def whole(self, view: tuple[int, ...]) -> tuple[Any, Wire, str] | None:
+        """(work, wire, mode) of the `Whole` that update will ask for a parameter of this GLOBAL view."""
+        return None
+
+    def caveat(self) -> str | None:
+        """What whoever reads `explain()` must know of these options."""
+        return None
+
+    def stepped(self, group: dict[str, Any]) -> None:
+        """Called once a step was taken, for rules that count in numbers of their group."""
 
     def defaults(self) -> dict[str, Any]:
         """Numbers for the param group."""

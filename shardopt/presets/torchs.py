@@ -1,67 +1,11 @@
-"""Familiar names and signatures over recipes: changing the import is enough."""
+"""The optimizers of torch.optim by their own names, signatures and defaults: changing the import is enough."""
 
 from typing import Any
 
 from shardopt import rules
 from shardopt.addons import CoupledDecay, WeightDecay
-from shardopt.groups import is_decay, refuse
-from shardopt.optimizer import ShardedOptimizer
-from shardopt.recipe import Recipe, addons_of
-
-SHARED = """
-    state: how states are stored: "fp32", "bf16", "int8", "int4", "factored", a codec, or a mapping from slot names to
-    codecs. addons: what else is done, objects or names. rounding: how low-precision parameters are written,
-    "nearest", "stochastic" or "kahan". update_from: "fresh" or "stored" (see Recipe). fused, nonfinite, seed: see
-    ShardedOptimizer. foreach, capturable and differentiable=False are accepted and change nothing.
-"""
-
-
-def recipe_of(rule: rules.Rule, state: Any, addons: Any, rounding: str, update_from: str, decay: Any) -> Recipe:
-    """The recipe of a preset: its usual decay unless the user chose one."""
-    chosen = addons_of(addons)
-    if not any(is_decay(addon) for addon in chosen):
-        chosen = (*chosen, decay)
-    return Recipe(rule, state, chosen, rounding, update_from)
-
-
-class Preset(ShardedOptimizer):
-    """Base of the named optimizers: a rule, its usual decay, and the options that all share."""
-
-    def __init__(
-        self,
-        params: Any,
-        rule: rules.Rule,
-        decay: Any,
-        weight_decay: Any,
-        *,
-        state: Any,
-        addons: Any = (),
-        rounding: str = "nearest",
-        update_from: str = "fresh",
-        fused: bool | None = None,
-        nonfinite: str = "propagate",
-        seed: int = 0,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-    ) -> None:
-        refuse({"differentiable": differentiable})
-        if not hasattr(weight_decay, "device") and weight_decay < 0:
-            raise ValueError(f"weight_decay is {weight_decay}; it must be at least 0")
-        recipe = recipe_of(rule, state, addons, rounding, update_from, decay)
-        super().__init__(
-            params,
-            recipe,
-            fused=fused,
-            nonfinite=nonfinite,
-            seed=seed,
-            lr=getattr(rule, "lr"),  # noqa: B009
-            weight_decay=weight_decay,
-            maximize=maximize,
-            foreach=foreach,
-            capturable=capturable,
-        )
+from shardopt.groups import refuse
+from shardopt.presets.base import Preset
 
 
 class Adam(Preset):
@@ -204,15 +148,3 @@ class Adafactor(Preset):
             eps_mode=eps_mode,
         )
         super().__init__(params, rule, WeightDecay(), weight_decay, state=state, **options)
-
-
-PRESETS: dict[str, type[Preset]] = {
-    "adamw": AdamW,
-    "adam": Adam,
-    "lion": Lion,
-    "sgd": SGD,
-    "rmsprop": RMSprop,
-    "adafactor": Adafactor,
-}
-for preset in PRESETS.values():
-    preset.__doc__ = (preset.__doc__ or "") + "\n" + SHARED

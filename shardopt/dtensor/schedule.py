@@ -1,0 +1,122 @@
+"""What will be asked whole in a step, planned: buckets and owners; the plan is compared between the ranks, once."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import blake2b
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from shardopt.dtensor.held import holdings
+from shardopt.dtensor.layout import Layout
+from shardopt.dtensor.plan import Plan
+from shardopt.dtensor.route import Route
+from shardopt.dtensor.task import Task, formats_of, member_of, mode_asked
+from shardopt.dtensor.team import ALONE, replica_axes, team_of
+
+Wanted = tuple[Any, Any, str]  # work, wire and mode of a `Whole` that will be asked
+Planner = Callable[..., Plan]
+ELEMENTS = 1 << 26  # on a rank, of one bucket: what of it does not travel is cut there
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """buckets: of positions in what was announced. tasks: by the id of the layout, which they keep alive."""
+
+    buckets: tuple[tuple[int, ...], ...]
+    tasks: dict[int, Task]
+    routes: dict[tuple[int, ...], Route] = field(default_factory=dict)
+
+    @cached_property
+    def messages(self) -> int:
+        """The most that one round of matrices sends one after another: there, back; before and after it, rarely."""
+        full = [task for task in self.tasks.values() if task.mode == "full"]
+        before = any(task.there.codec.asks(task.layout.geo) for task in full)
+        return 2 + before + any(task.plan.shared for task in full)
+
+    def route(self, layouts: Sequence[Layout]) -> Route:
+        """Of the matrices that are asked in one round."""
+        key = tuple(id(layout) for layout in layouts)
+        if key not in self.routes:
+            self.routes[key] = Route([self.tasks[i] for i in key])
+        return self.routes[key]
+
+
+def schedule(announced: Sequence[tuple[Layout, Wanted]], planner: Planner, counter: Any) -> Schedule:
+    """Plan for all parameters that will ask `Whole`; every rank must announce the same ones in the same order.
+
+    One plan for those of one mesh that are sharded over the same axes. counter: gets the `collectives`. ValueError
+    where ranks found different plans.
+    """
+    places: dict[Any, list[int]] = {}
+    for i, (layout, _) in enumerate(announced):
+        places.setdefault((layout.mesh, layout.sharding), []).append(i)
+    buckets: list[tuple[int, ...]] = []
+    tasks: dict[int, Task] = {}
+    for (mesh, sharding), here in places.items():
+        found = planned([announced[i] for i in here], mesh, sharding, planner, counter)
+        for bucket in found[0].plan.buckets:
+            buckets.extend(tuple(here[task.member] for task in part) for part in split([found[m] for m in bucket]))
+        tasks.update((id(task.layout), task) for task in found)
+    return Schedule(tuple(buckets), tasks)
+
+
+def split(bucket: list[Task]) -> Iterator[list[Task]]:
+    """A bucket of the plan, which bounds messages, so that the elements in lock step are bounded too.
+
+    What sends no matrices (experts on their ranks, one device, Gram form) leaves a large bucket and follows it.
+    """
+    if sum(task.share for task in bucket) <= ELEMENTS:
+        yield bucket
+        return
+    moving = [task for task in bucket if task.moves]
+    if moving:
+        yield moving
+    part: list[Task] = []
+    for task in bucket:
+        if task.moves:
+            continue
+        if part and sum(each.share for each in part) + task.share > ELEMENTS:
+            yield part
+            part = []
+        part.append(task)
+    if part:
+        yield part
+
+
+def planned(
+    announced: Sequence[tuple[Layout, Wanted]], mesh: Any, sharding: tuple[int, ...], planner: Planner, counter: Any
+) -> list[Task]:
+    """The tasks of the parameters of one mesh."""
+    team = ALONE if mesh is None else team_of(mesh, sharding)
+    replicas = ALONE if mesh is None else team_of(mesh, replica_axes(mesh, sharding))
+    formats = [formats_of(layout, wire) for layout, (_, wire, _) in announced]
+    members = [member_of(layout, work, *both) for (layout, (work, *_)), both in zip(announced, formats)]
+    modes = [mode_asked(work, member, mode) for (_, (work, _, mode)), member in zip(announced, members)]
+    found = planner(members, team.size, replicas.size, modes=modes)
+    if mesh is not None:
+        compare(found, [(work.key(), *wire) for _, (work, wire, _) in announced], mesh, counter)
+    return [
+        Task(layout, work, *both, holdings(layout), team, replicas, found, i)
+        for i, ((layout, (work, *_)), both) in enumerate(zip(announced, formats))
+    ]
+
+
+def compare(found: Plan, works: Sequence[Any], mesh: Any, counter: Any) -> None:
+    """ValueError on every rank of the mesh where some made another plan: their messages would not fit."""
+    digest = blake2b(repr((found.digest(), works)).encode(), digest_size=7).hexdigest()
+    mine = int(digest, 16)
+    extremes = torch.tensor([mine, -mine], dtype=torch.int64, device=mesh.device_type)
+    for axis in range(mesh.ndim):
+        if mesh.size(axis) > 1:
+            dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=mesh.get_group(axis))
+            counter.collectives += 1
+    high, low = int(extremes[0]), -int(extremes[1])
+    if high != low:
+        raise ValueError(
+            f"ranks of {mesh} made different plans for their matrices, {low:014x} and {high:014x} (this rank: "
+            f"{digest}). Give every rank the same parameters with gradients, in the same order, and the same options\n"
+            f"{found.describe()}"
+        )

@@ -1,0 +1,58 @@
+"""Orthogonalizers: the polar factor of a matrix by matrix products, for Muon and its relatives."""
+
+from dataclasses import fields
+
+from shardopt.polar.base import Orthogonalizer
+from shardopt.polar.coefficients import SETS, schedule
+from shardopt.polar.gram import Gram
+from shardopt.polar.low_rank import LowRank
+from shardopt.polar.minimax import minimax
+from shardopt.polar.newton_schulz import NewtonSchulz
+from shardopt.polar.split import Split
+from shardopt.spelling import spelled
+
+ORTHOGONALIZERS: dict[str, Orthogonalizer] = {
+    **{name: NewtonSchulz(coefficients=name) for name in SETS},
+    "newton_schulz": NewtonSchulz(),
+    "gram": Gram(),
+    "minimax": Gram(coefficients="minimax(0.001)", norm="tight"),  # nearer to 1 than quintic on every spectrum
+    "fast": Gram(coefficients="minimax(0.005)", norm="tight", steps=4),  # the same on spectra of one magnitude
+    "low_rank": LowRank(),
+}
+CLASSES: dict[str, type[Orthogonalizer]] = {cls.name: cls for cls in (NewtonSchulz, Gram, LowRank, Split)}
+
+
+def orthogonalizer(spec: Orthogonalizer | str) -> Orthogonalizer:
+    """The orthogonalizer of a name, of a name with options ("newton_schulz(steps=4)", as `describe` writes), or itself.
+
+    With options the name is that of a class; ValueError for what it does not know.
+    """
+    if isinstance(spec, Orthogonalizer):
+        return spec
+    name, options = spelled(spec, nested=("work",))
+    if name not in (CLASSES if options else ORTHOGONALIZERS):
+        raise ValueError(
+            f"no orthogonalizer is named {spec!r}. Use one of {', '.join(ORTHOGONALIZERS)}, an object such as "
+            "NewtonSchulz(coefficients='polar_express', steps=6), or its text, newton_schulz(...)."
+        )
+    if not options:
+        return ORTHOGONALIZERS[name]
+    if unknown := set(options) - {field.name for field in fields(CLASSES[name])}:
+        raise ValueError(f"{name} has no option {', '.join(sorted(unknown))} (from {spec!r})")
+    if "work" in options:
+        options["work"] = orthogonalizer(options["work"])
+    return CLASSES[name](**options)
+
+
+__all__ = [
+    "ORTHOGONALIZERS",
+    "SETS",
+    "Gram",
+    "LowRank",
+    "NewtonSchulz",
+    "Orthogonalizer",
+    "Split",
+    "minimax",
+    "orthogonalizer",
+    "schedule",
+]

@@ -1,0 +1,125 @@
+"""Routes a model's parameters by role: matrices to the optimizer asked for, the rest to one that suits them."""
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardopt.codecs import view_shape
+from shardopt.optimizer import ShardedOptimizer
+from shardopt.presets import PRESETS
+from shardopt.recipe import Recipe
+
+ROLES = ("matrix", "embedding", "head", "vector")
+EMBEDDINGS, POSITIONS = ("embed", "wte"), ("position", "pos_embed", "wpe", "time")
+HEADS = ("lm_head", "head", "output", "output_head", "unembed")
+WRAPPERS = ("module", "model", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+NARROWEST, LONGEST = 4, 128  # orthogonalized: at least so many rows and columns, at most so many times longer than wide
+OF_THE_OPTIMIZER = ("fused", "nonfinite", "seed")
+USUAL = {role: {"weight_decay": 0.0, "state": "fp32"} for role in ("embedding", "head", "vector")}
+
+
+def roles(model: nn.Module, overrides: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Name of every parameter that needs a gradient -> its role, by name, owner module and GLOBAL shape.
+
+    vector: at most one dim, a bias, whatever a normalisation owns, and what is too narrow or too long to be
+    orthogonalized. embedding: of nn.Embedding, or named like one (not a position's). head: the model's last linear
+    map. matrix: the rest, stacks and convolutions included. Tied weights are embeddings. overrides: patterns of names
+    ("layers.*.gate.weight") -> role, the first that matches wins; ValueError for one that matches nothing.
+    """
+    found = {name: role_of(name, p, owner) for name, p, owner in owned(model) if p.requires_grad}
+    unused = dict.fromkeys(overrides or ())
+    for name in found:
+        for pattern, role in (overrides or {}).items():
+            if fnmatchcase(name, pattern):
+                if role not in ROLES:
+                    raise ValueError(f"{pattern!r} is given the role {role!r}; it must be one of {', '.join(ROLES)}")
+                unused.pop(pattern, None)
+                found[name] = role
+                break
+    if unused:
+        raise ValueError(f"no parameter is named like {', '.join(map(repr, unused))}; drop or correct the pattern")
+    return found
+
+
+def owned(model: nn.Module) -> Iterable[tuple[str, Tensor, nn.Module]]:
+    """(name, parameter, the module that owns it), shared ones once, under the name that an embedding gave them."""
+    every = [
+        (f"{prefix}.{name}".lstrip("."), p, module)
+        for prefix, module in model.named_modules()
+        for name, p in module.named_parameters(recurse=False)
+    ]
+    owner: dict[nn.Parameter, nn.Module] = {}
+    for _, p, module in every:
+        if p not in owner or isinstance(module, nn.Embedding):
+            owner[p] = module
+    names = {p: name for name, p in model.named_parameters()}
+    return [(names[p], p, module) for p, module in owner.items()]
+
+
+def role_of(name: str, p: Tensor, owner: nn.Module) -> str:
+    words = [word for word in name.lower().split(".") if word not in WRAPPERS]
+    if p.ndim <= 1 or words[-1] == "bias" or "norm" in type(owner).__name__.lower():
+        return "vector"
+    named = any(word in part for part in words for word in EMBEDDINGS)
+    if isinstance(owner, nn.Embedding) or (named and not any(w in part for part in words for w in POSITIONS)):
+        return "embedding"
+    if "lm_head" in words or (words[0] in HEADS and len(words) <= 2):
+        return "head"
+    rows, cols = view_shape(tuple(p.shape))[-2:]
+    fits = min(rows, cols) >= NARROWEST and max(rows, cols) <= LONGEST * min(rows, cols)
+    return "matrix" if fits else "vector"
+
+
+def build_optimizer(
+    model: nn.Module,
+    name: str = "muon",
+    *,
+    lr: Any,
+    weight_decay: Any = 0.1,
+    aux: str = "adamw",
+    overrides: Mapping[str, str] | None = None,
+    **options: Any,
+) -> ShardedOptimizer:
+    """One optimizer for a whole model: matrices are stepped by the preset `name`, every other role by `aux`.
+
+    options: of the preset `name`; `<role>_<option>` of one role's ("embedding_lr", "head_state", "vector_betas"),
+    `aux_<option>` of all but the matrices; fused, nonfinite, seed of the optimizer. Where nothing is said, all roles
+    share lr (Muon's is then scaled to AdamW's RMS: adjust_lr_fn="match_rms_adamw"), and embeddings, heads and vectors
+    have no weight decay and fp32 states. overrides: see `roles`. Every group holds its `role`. ValueError for what no
+    preset reads.
+    """
+    shared = {key: options.pop(key) for key in OF_THE_OPTIMIZER if key in options}
+    given: dict[str, dict[str, Any]] = {"matrix": {"weight_decay": weight_decay}, "aux": {}}
+    given.update({role: {} for role in ROLES[1:]})
+    for option, value in options.items():
+        role, _, rest = option.partition("_")
+        role, rest = (role, rest) if role in given and rest else ("matrix", option)
+        given[role][rest] = value
+    if name in ("muon", "normuon") and "adjust_lr_fn" not in given["matrix"]:
+        given["matrix"]["adjust_lr_fn"] = "match_rms_adamw"
+    members: dict[str, list[tuple[str, Tensor]]] = {role: [] for role in ROLES}
+    parameters = dict(model.named_parameters())
+    for parameter, role in roles(model, overrides).items():
+        members[role].append((parameter, parameters[parameter]))
+    groups = []
+    for role in ROLES:
+        chosen = {"lr": lr, **USUAL.get(role, {}), **(given["aux"] if role != "matrix" else {}), **given[role]}
+        if members[role]:
+            group, recipe = group_of(name if role == "matrix" else aux, chosen)
+            groups.append({**group, "params": members[role], "recipe": recipe, "role": role})
+    return ShardedOptimizer(groups, **shared)
+
+
+def group_of(preset: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], Recipe]:
+    """The numbers and the recipe of a preset with these options."""
+    if preset not in PRESETS:
+        raise ValueError(f"no optimizer is named {preset!r}; use one of {', '.join(PRESETS)}")
+    try:
+        made = PRESETS[preset]([nn.Parameter(torch.empty(128, 128, device="meta"))], **options)
+    except TypeError as error:
+        raise ValueError(f"{preset} cannot be built from {dict(options)}: {error}") from None
+    group = {key: value for key, value in made.param_groups[0].items() if key not in ("params", "recipe")}
+    return group, made.recipes[0]

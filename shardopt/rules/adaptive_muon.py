@@ -1,0 +1,102 @@
+"""Muon with a second moment of the orthogonal update: NorMuon (of its rows) and AdaMuon (of its elements)."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from shardopt.asks import Asking, Mean, Slot, Sum
+from shardopt.ieee import sqrt
+from shardopt.rules.base import Hyper, check
+from shardopt.rules.math import clip_rms
+from shardopt.rules.muon import Muon, rescaled
+
+
+@dataclass(frozen=True, kw_only=True)
+class NorMuon(Muon):
+    """NorMuon (arXiv 2510.05491): every neuron's update gets the same size in the long run.
+
+    o      = as in Muon
+    row_sq = beta2 row_sq + (1 - beta2) mean_cols(o^2)              one number a row of the GLOBAL view
+    w      = o / (sqrt(row_sq) + eps)
+    p     -= lr adjust w ||o|| / ||w|| + lr weight_decay p
+
+    adjust_lr="rms_rescale" replaces the norm of o by 0.2 sqrt(rows cols). Slots: momentum_buffer (signed), row_sq.
+    Asks one Whole, the rows' means, and the two norms together. Statistics are taken of the shards after o came back.
+    """
+
+    name: ClassVar[str] = "normuon"
+    numbers: ClassVar[tuple[str, ...]] = (*Muon.numbers, "beta2", "eps")
+    beta2: Any = 0.95
+    eps: Any = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check("beta2", self.beta2, 0.0, 1.0, open_high=True)
+        check("eps", self.eps, 0.0)
+
+    def slots(self) -> tuple[Slot, ...]:
+        return (*super().slots(), Slot("row_sq", signed=False, rows=True))
+
+    def update(self, p: Tensor, g: Tensor, s: Any, h: Hyper) -> Asking:
+        o = yield from self.orthogonal(g, s, h)
+        mean = yield Mean(o * o, dim=-1)
+        v = yield from s.row_sq.recur(h.beta2, mean * (1 - h.beta2))
+        w = o / (sqrt(v) + h.eps).unsqueeze(-1)
+        if self.adjust_lr != "rms_rescale":
+            before, after = yield Sum(o * o, dim=(-2, -1)), Sum(w * w, dim=(-2, -1))
+            w = w * (before / after.clamp(min=1e-30)).sqrt().float()[..., None, None]
+        return (yield from self.scaled(w, h))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaMuon(Muon):
+    """AdaMuon (arXiv 2507.11005): an Adam-like second moment of the orthogonal update.
+
+    x          = as in Muon; its sign (sign=True: the paper)
+    o          = the polar factor of x
+    exp_avg_sq = beta2 exp_avg_sq + (1 - beta2) o^2                 factored codec: kaon's rule
+    u          = o / (sqrt(exp_avg_sq) + eps), or atan2(o, sqrt(exp_avg_sq))
+    scale="rms_rescale": u = 0.2 u / RMS(u) ; scale="clip" (kaon): u = 0.2 u / max(1, RMS(u))
+    p         -= lr u + lr weight_decay p
+
+    No bias correction: the rescaling cancels it. With atan2 the source system keeps a factor 4 / pi beside the
+    rescaling (RMS 0.255); here the RMS is 0.2. Slots: momentum_buffer (signed), exp_avg_sq. Asks one Whole, what the
+    codec of exp_avg_sq asks, and a norm.
+    """
+
+    name: ClassVar[str] = "adamuon"
+    numbers: ClassVar[tuple[str, ...]] = (*Muon.numbers, "beta2", "eps")
+    beta2: Any = 0.95
+    eps: Any = 1e-8
+    adjust_lr: str = "none"
+    sign: bool = True
+    atan2: bool = False
+    scale: str = "rms_rescale"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check("beta2", self.beta2, 0.0, 1.0, open_high=True)
+        check("eps", self.eps, 0.0)
+        if self.scale not in ("rms_rescale", "clip"):
+            raise ValueError(f"scale is {self.scale!r}; it must be 'rms_rescale' or 'clip'")
+        if self.adjust_lr != "none":
+            raise ValueError(f"adjust_lr is {self.adjust_lr!r}, but AdaMuon's update has an RMS of its own: see scale")
+
+    def slots(self) -> tuple[Slot, ...]:
+        return (*super().slots(), Slot("exp_avg_sq", signed=False))
+
+    def prepared(self, x: Tensor) -> Tensor:
+        return x.sign() if self.sign else x
+
+    def update(self, p: Tensor, g: Tensor, s: Any, h: Hyper) -> Asking:
+        o = yield from self.orthogonal(g, s, h)
+        v = yield from s.exp_avg_sq.recur(h.beta2, (o * o).mul_(1 - h.beta2))
+        if self.atan2:  # in float64: see adam_direction
+            u = torch.atan2(o.double(), sqrt(v).double()).float()
+        else:
+            u = o / (sqrt(v) + h.eps)
+        if self.scale == "rms_rescale":
+            return (yield from rescaled(u, h.shape)), h.lr, h.lr
+        return clip_rms(u, (yield Mean(u * u)), 1.0), 0.2 * h.lr, h.lr

@@ -1,0 +1,163 @@
+"""Muon and its kin: a momentum, orthogonalized as a whole matrix, wherever its shards are."""
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from shardopt.asks import Asking, Slot, Sum, Whole, Wire
+from shardopt.polar import Orthogonalizer, Split, orthogonalizer
+from shardopt.rules.base import Hyper, Rule, check
+
+MODES = ("full", "gram", "auto", "local", "periodic")
+ADJUSTMENTS = ("original", "match_rms_adamw", "spectral", "rms_rescale", "none")
+WIRES = {  # there and back; blocks as small as the scales' bytes allow, since blocks of a wire are no state
+    "exact": Wire("fp32", "fp32"),
+    "bf16": Wire("bf16", "bf16"),
+    "int8": Wire("int8(block=128)", "int8(block=128)"),
+    "int8+int4": Wire("int8(block=128)", "int4(block=64)"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Muon(Rule):
+    """Muon (Jordan 2024; arXiv 2502.16982) on the whole matrix, as torch.optim.Muon on one device.
+
+    momentum_buffer = momentum momentum_buffer + (1 - momentum) g                  accumulate="ema"
+    x  = momentum momentum_buffer + (1 - momentum) g   (nesterov), or momentum_buffer
+    o  = the polar factor of x, by `orthogonalizer`; of every matrix of a stack, of every block of `split` rows
+    p -= lr adjust o + lr weight_decay p                                the decay's rate is not adjusted
+
+    accumulate="sum": momentum_buffer = momentum momentum_buffer + g, x = g + momentum momentum_buffer: the same o.
+    adjust_lr, with the GLOBAL rows and cols (of a block): "original" sqrt(max(1, rows / cols)), "match_rms_adamw"
+    0.2 sqrt(max(rows, cols)), "spectral" sqrt(rows / cols), "rms_rescale" 0.2 / RMS(o), "none" 1.
+    split: None, or rows of a block, or the rows of every block: heads, fused q, k, v.
+    wire: "exact", "bf16", "int8", "int8+int4", or codecs "there+back": how x and o travel; a part of the maths, so
+    that every mesh gives the bits of one device. mode: "full" (whole matrices), "gram" (tall or wide matrices cut on
+    their long side: only the small Gram matrix is summed), "auto" (a plan by cost chooses between these two); and, by
+    nature other algorithms whose result DEPENDS ON THE MESH: "local" (every rank its shard), "periodic" (full in every
+    `period`-th step, local between: MuonBP, arXiv 2510.16981).
+
+    Slots: momentum_buffer (signed). Asks one Whole.
+    """
+
+    name: ClassVar[str] = "muon"
+    asks: ClassVar[bool] = True
+    numbers: ClassVar[tuple[str, ...]] = ("lr", "momentum", "phase")
+    lr: Any = 1e-3
+    momentum: Any = 0.95
+    phase: int = 0  # of "periodic": the next step's place in its period; a number of the group, so that it is saved
+    nesterov: bool = True
+    accumulate: str = "ema"
+    orthogonalizer: Any = "newton_schulz"
+    adjust_lr: str = "original"
+    split: Any = None
+    wire: str = "int8"
+    mode: str = "full"
+    period: int = 1
+
+    def __post_init__(self) -> None:
+        check("lr", self.lr, 0.0)
+        check("momentum", self.momentum, 0.0, 1.0, open_high=True)
+        for name, allowed in (("accumulate", ("ema", "sum")), ("adjust_lr", ADJUSTMENTS), ("mode", MODES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+        if (self.mode == "periodic") != (self.period > 1):
+            raise ValueError(
+                f"mode is {self.mode!r} and period {self.period}; 'periodic', and no other mode, needs > 1"
+            )
+        if self.split is not None and self.adjust_lr == "rms_rescale":
+            raise ValueError("rms_rescale knows no blocks; use another adjust_lr together with split")
+        wire_of(self.wire)
+        object.__setattr__(self, "orthogonalizer", orthogonalizer(self.orthogonalizer).describe())
+
+    def defaults(self) -> dict[str, Any]:
+        numbers = super().defaults()
+        return numbers if self.mode == "periodic" else {name: x for name, x in numbers.items() if name != "phase"}
+
+    def slots(self) -> tuple[Slot, ...]:
+        return (Slot("momentum_buffer"),)
+
+    def formats(self) -> tuple[str, ...]:
+        return tuple(wire_of(self.wire))
+
+    def unfit(self, view: tuple[int, ...]) -> str | None:
+        if len(view) < 2:
+            return (
+                f"is a vector, but {self.name} orthogonalizes matrices; give vectors, embeddings and heads to a group "
+                "with another recipe, or let shardopt.build_optimizer route them"
+            )
+        if sum(blocks(self.split, view[-2])) != view[-2]:
+            return f"has {view[-2]} rows, which split={self.split} does not divide; give blocks that add up to them"
+        return None
+
+    def whole(self, view: tuple[int, ...]) -> tuple[Orthogonalizer, Wire, str]:
+        """What `update` will ask for a parameter of this GLOBAL view: work, wire and mode, for the planner."""
+        work = orthogonalizer(self.orthogonalizer)
+        if self.split is not None:
+            rows = blocks(self.split, view[-2])
+            work = Split(work=work, sizes=rows, factors=tuple(self.adjust(n, view[-1]) for n in rows))
+        return work, wire_of(self.wire), "full" if self.mode == "periodic" else self.mode
+
+    def update(self, p: Tensor, g: Tensor, s: Any, h: Hyper) -> Asking:
+        o = yield from self.orthogonal(g, s, h)
+        return (yield from self.scaled(o, h))
+
+    def orthogonal(self, g: Tensor, s: Any, h: Hyper) -> Asking:
+        """Momentum, then the polar factor of what the step is made of."""
+        fresh = 1 - h.momentum if self.accumulate == "ema" else 1.0
+        m = yield from s.momentum_buffer.recur(h.momentum, g * fresh)
+        return (yield self.asked(self.prepared(m * h.momentum + g * fresh if self.nesterov else m), h))
+
+    def prepared(self, x: Tensor) -> Tensor:
+        """What of x is orthogonalized."""
+        return x
+
+    def asked(self, x: Tensor, h: Hyper) -> Whole:
+        work, wire, mode = self.whole(h.shape)
+        return Whole(x, work, wire, "local" if self.mode == "periodic" and h.phase else mode)
+
+    def scaled(self, o: Tensor, h: Hyper) -> Asking:
+        """(direction, its step, the decay's step) of an orthogonal o."""
+        if self.adjust_lr == "rms_rescale":
+            return (yield from rescaled(o, h.shape)), h.lr, h.lr
+        return o, h.lr * (1.0 if self.split is not None else self.adjust(*h.shape[-2:])), h.lr
+
+    def adjust(self, rows: int, cols: int) -> float:
+        """The factor of the learning rate of a matrix of this GLOBAL shape."""
+        if self.adjust_lr == "original":
+            return sqrt(max(1.0, rows / cols))
+        if self.adjust_lr == "match_rms_adamw":
+            return 0.2 * sqrt(max(rows, cols))
+        return sqrt(rows / cols) if self.adjust_lr == "spectral" else 1.0
+
+    def caveat(self) -> str | None:
+        if self.mode not in ("local", "periodic"):
+            return None
+        return f"mode={self.mode!r} orthogonalizes shards: another algorithm, whose result DEPENDS ON THE MESH"
+
+    def stepped(self, group: dict[str, Any]) -> None:
+        if self.mode == "periodic":
+            group["phase"] = (group["phase"] + 1) % self.period
+
+
+def rescaled(u: Tensor, view: tuple[int, ...]) -> Asking:
+    """u with an RMS of 0.2, every matrix of a stack by itself; 0 stays 0. Asks a norm."""
+    norm = (yield Sum(u * u, dim=(-2, -1))).sqrt().clamp(min=1e-8)
+    return u * (0.2 * sqrt(view[-2] * view[-1]) / norm).float()[..., None, None]
+
+
+def blocks(split: Any, rows: int) -> tuple[int, ...]:
+    """Rows of every block: all in one, equal ones, or as given."""
+    if split is None:
+        return (rows,)
+    return tuple(split) if isinstance(split, (tuple, list)) else (split,) * (rows // split)
+
+
+def wire_of(spec: str) -> Wire:
+    """The formats of a wire's name, or of "there+back"."""
+    formats = spec.split("+")
+    if spec not in WIRES and len(formats) != 2:
+        raise ValueError(f"wire is {spec!r}; give one of {', '.join(WIRES)}, or two codecs as 'there+back'")
+    return WIRES.get(spec) or Wire(*formats)

@@ -1,0 +1,27 @@
+"""Names with options, as people and checkpoints spell them: `int8(block=128)`, `newton_schulz(steps=4)`."""
+
+import ast
+from collections.abc import Collection
+from threading import Lock
+from typing import Any
+
+PARSING = Lock()  # CPython 3.11 counts the depth of its parser in one place for all threads
+
+
+def spelled(text: str, nested: Collection[str] = ()) -> tuple[str, dict[str, Any]]:
+    """Name and options; only literals are read, nothing is evaluated. Options in `nested` come as they are spelled.
+
+    ValueError where the text is neither a name nor a call with keywords.
+    """
+    try:
+        with PARSING:
+            node = ast.parse(text.strip(), mode="eval").body
+        call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+        if isinstance(call.func, ast.Name) and not call.args and all(k.arg for k in call.keywords):
+            return call.func.id, {
+                str(k.arg): ast.unparse(k.value) if k.arg in nested else ast.literal_eval(k.value)
+                for k in call.keywords
+            }
+    except (SyntaxError, ValueError, AttributeError, TypeError):
+        pass
+    raise ValueError(f"{text!r} is neither a name nor 'name(option=value, ...)'")

@@ -1,0 +1,77 @@
+"""Kernels in passes on meshes: beside ranks that run the reference, on replicas, and where blocks straddle ranks."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard
+
+import shardopt
+from tests import test_mesh
+from tests.threaded import run_threaded
+from tests.virtual import bits
+
+
+@pytest.mark.parametrize("kind", ["fsdp 4", "tp cols, fsdp", "tp rows, fsdp", "ep x fsdp", "hsdp 2x2"])
+@pytest.mark.parametrize("name", ["adafactor", "adamw all"])
+def test_ranks_with_and_without_a_compiler(kind, name, monkeypatch):
+    """Half of the ranks run kernels, the others the reference: the unsharded step. Kills: local sums in another shape,
+    sums that leave a strided run or an empty shard out, a rank without elements that skips a round."""
+    made, make = [], test_mesh.OPTIMIZERS[name]
+
+    def build(ps):
+        opt = make(ps)
+        if dist.is_initialized() and dist.get_rank() % 2:
+            opt.native = None
+        else:
+            made.append(opt)
+        return opt
+
+    monkeypatch.setitem(test_mesh.OPTIMIZERS, name, build)
+    test_mesh.test_equals_the_unsharded_step(kind, name)
+    assert len(made) > 1 and all(opt.native.stepped > 0 for opt in made)
+    if "cols" not in kind:  # else blocks lie on two ranks
+        assert all(opt.native.left == 0 for opt in made)
+
+
+def test_replicas_of_ranks_are_bitwise_alike():
+    """Kills: sums in the order in which threads finish."""
+
+    def body(_):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+        model = test_mesh.build(((70, 130), (33, 64)), torch.bfloat16)
+        test_mesh.by_fsdp(model, mesh)
+        ps = list(model)
+        opt = shardopt.Adafactor(ps, rounding="stochastic", addons=["cautious"], fused=True)
+        for seed in range(3):
+            draw = torch.Generator().manual_seed(seed)
+            for p in ps:
+                full = torch.randn(p.shape, generator=draw).bfloat16()
+                shard = full.chunk(2)[mesh.get_coordinate()[1]]
+                p.grad = test_mesh.distributed(shard.contiguous(), p.shape, p.device_mesh, p.placements)
+            opt.step()
+        return mesh.get_coordinate(), [p._local_tensor.detach().clone() for p in ps]
+
+    found = {tuple(where): ps for where, ps in run_threaded(4, body)}
+    for shard in (0, 1):
+        for p, q in zip(found[0, shard], found[1, shard]):
+            assert torch.equal(bits(p), bits(q))
+
+
+def test_what_is_required_is_refused_before_anything_is_written():
+    """A block that lies on two ranks stays on the reference. Kills: a refusal after the first parameters moved."""
+
+    def body(_):
+        mesh = init_device_mesh("cpu", (2,))
+        model = test_mesh.build(((64, 130), (64, 64)), torch.float32)
+        test_mesh.by_hand(Shard(1))(model, mesh)
+        ps = list(model)
+        before = [p._local_tensor.detach().clone() for p in ps]
+        opt = shardopt.AdamW(ps, state="int8", addons=["cautious"], fused=True)
+        for p in ps:
+            p.grad = test_mesh.distributed(torch.ones_like(p._local_tensor), p.shape, mesh, p.placements)
+        with pytest.raises(ValueError, match="blocks lie on several ranks"):
+            opt.step()
+        return all(torch.equal(p._local_tensor, q) for p, q in zip(ps, before))
+
+    assert run_threaded(2, body) == [True, True]
