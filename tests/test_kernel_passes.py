@@ -136,6 +136,18 @@ def test_gradients_that_spoil(kind, nonfinite):
         compare(rule(), state, addons, spoil=spoil, nonfinite=nonfinite)
 
 
+def test_parameters_that_are_zero():
+    """Kills: a smallest RMS(p) left out, a division by ||p||^2."""
+
+    def spoil(opt, ps, step):
+        if step == 0:
+            for p in ps[:4]:
+                p.data.zero_()
+
+    for addons in ((), ("orthograd", "cautious")):
+        compare(RULES["adafactor.hf"](), "factored", addons, spoil=spoil)
+
+
 STORED = ("adafactor.fixed", "rmsprop.centered", "adamw.nesterov")
 
 
@@ -200,13 +212,16 @@ def recorded(opt):
     return rounds, values
 
 
-@pytest.mark.parametrize("addons", [a for a in ADDONS if a not in ("clip", "mars")])
-@pytest.mark.parametrize("rule", ["adamw", "rmsprop.centered", "adafactor.raw", "adafactor.update", "adafactor.hf"])
+ASKING = [("adafactor.raw", addons) for addons in ADDONS if addons not in ("clip", "mars")]
+ASKING += [(rule, "all") for rule in ("adamw", "rmsprop.centered", "adafactor.update", "adafactor.hf")]
+
+
+@pytest.mark.parametrize("rule, addons", ASKING)
 def test_asks_what_the_reference_asks(rule, addons):
     """Another rank may run the reference. Kills: a round too many, an order, a shape, a dtype, another reduction."""
     found = []
     for fused in (False, True):
-        ps = parameters(shapes=SHAPES[1:])
+        ps = parameters(shapes=[shape for shape in SHAPES[1:] if shape != (7, 15)])  # two formats of state
         opt = shardopt.ShardedOptimizer(ps, recipe(rule, "sqrt8+factored", addons), fused=fused)
         rounds, values = recorded(opt)
         for seed in range(2):

@@ -219,8 +219,8 @@ HD void Member<K, E, LANES, TILES>::chunk_of(const Span& s, const typename K::Sc
 
 template <class K, int E, int LANES, int TILES>
 template <int I>
-HD void Member<K, E, LANES, TILES>::finish_slot(const Span& s, const typename K::RowNoise& noise, i64 row, i64 column, int n,
-                                         int lane, bool aligned) {
+HD void Member<K, E, LANES, TILES>::finish_slot(const Span& s, const typename K::RowNoise& noise, i64 row, i64 column,
+                                                int n, int lane, bool aligned) {
   constexpr int block = C<I>::block, span = block > E * LANES ? block / (E * LANES) : 1;  // chunks of a block
   auto closed = [&](int c) {
     const int first = (c * LANES + lane) * E;
