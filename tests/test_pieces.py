@@ -62,7 +62,7 @@ def test_a_rule_that_asks_without_saying_so_is_caught(monkeypatch):
     monkeypatch.setattr(items, "CPU_PIECE", 300)
     monkeypatch.setattr(shardopt.Cautious, "asks", False)
     p = nn.Parameter(torch.randn(64, 64))
-    opt = shardopt.AdamW([p], addons=["cautious"])
+    opt = shardopt.AdamW([p], addons=["cautious"], fused=False)
     p.grad = torch.randn_like(p)
     with pytest.raises(AssertionError, match="asks nothing"):
         opt.step()
