@@ -32,11 +32,12 @@ def run(items: Sequence[Item], answers: Any, policy: Policy, native: Any = None)
     asking: list[Item] = []
     for item in items:
         (asking if asks(item) else alone).append(item)
+    planned = list(in_buckets(asking, answers))  # raises where ranks or modes do not fit: before anything is written
     for item in native.step(alone, asking, totals, policy, masked(taken)) if native is not None else alone:
         for asked in step_of(item, policy, totals, taken):
             raise AssertionError(f"{item.recipe.key()} asks {asked}, but says that it asks nothing")
     alive: list[Iterator[None]] = []
-    for bucket in in_buckets(asking, answers):
+    for bucket in planned:
         steps, left = native.passes(bucket, totals, policy, masked(taken)) if native else ([], range(len(bucket)))
         steps = [*steps, *(speaking(i, step_of(bucket[i], policy, totals, taken)) for i in left)]
         places = max(ALIVE, 1 + answers.scheduled.messages)

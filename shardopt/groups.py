@@ -46,6 +46,7 @@ def complete(
     for name in RECIPE_KEYS:
         if not isinstance(group.get(name, ""), str):
             del group[name]  # groups hold numbers, strings and tuples; the recipe's key says the rest
+    group = {**recipe.defaults(), **group}  # a switch may bring a number of its own
     group.update({name: getattr(recipe.rule, name) for name in switches(recipe.rule)})
     group["recipe"] = recipe.key()
     return group, recipe

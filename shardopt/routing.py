@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from shardopt.codecs import view_shape
@@ -14,7 +13,7 @@ from shardopt.recipe import Recipe
 
 ROLES = ("matrix", "embedding", "head", "vector")
 EMBEDDINGS, POSITIONS = ("embed", "wte"), ("position", "pos_embed", "wpe", "time")
-HEADS = ("lm_head", "head", "output", "output_head", "unembed")
+HEADS = ("lm_head", "head", "output", "output_head", "unembed", "classifier", "score")
 WRAPPERS = ("module", "model", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 NARROWEST, LONGEST = 4, 128  # orthogonalized: at least so many rows and columns, at most so many times longer than wide
 OF_THE_OPTIMIZER = ("fused", "nonfinite", "seed")
@@ -25,8 +24,9 @@ def roles(model: nn.Module, overrides: Mapping[str, str] | None = None) -> dict[
     """Name of every parameter that needs a gradient -> its role, by name, owner module and GLOBAL shape.
 
     vector: at most one dim, a bias, whatever a normalisation owns, and what is too narrow or too long to be
-    orthogonalized. embedding: of nn.Embedding, or named like one (not a position's). head: the model's last linear
-    map. matrix: the rest, stacks and convolutions included. Tied weights are embeddings. overrides: patterns of names
+    orthogonalized. embedding: of nn.Embedding, or named like one (not a position's). head: named
+    like one. matrix: the rest, stacks and convolutions included, where the view is what the module means: a stack of
+    matrices narrower than 32, or a convolution with a kernel of 32 and more, is a "vector". Tied weights are embeddings. overrides: patterns of names
     ("layers.*.gate.weight") -> role, the first that matches wins; ValueError for one that matches nothing.
     """
     found = {name: role_of(name, p, owner) for name, p, owner in owned(model) if p.requires_grad}
@@ -63,12 +63,16 @@ def role_of(name: str, p: Tensor, owner: nn.Module) -> str:
     words = [word for word in name.lower().split(".") if word not in WRAPPERS]
     if p.ndim <= 1 or words[-1] == "bias" or "norm" in type(owner).__name__.lower():
         return "vector"
-    named = any(word in part for part in words for word in EMBEDDINGS)
-    if isinstance(owner, nn.Embedding) or (named and not any(w in part for part in words for w in POSITIONS)):
+    last = words[-2:]  # the module and its tensor: what lies deeper in an "embedder" is no embedding
+    named = any(word in part for part in last for word in EMBEDDINGS)
+    if isinstance(owner, nn.Embedding) or (named and not any(w in part for part in last for w in POSITIONS)):
         return "embedding"
     if "lm_head" in words or (words[0] in HEADS and len(words) <= 2):
         return "head"
-    rows, cols = view_shape(tuple(p.shape))[-2:]
+    view = view_shape(tuple(p.shape))
+    if p.ndim > 2 and (len(view) == 2) != isinstance(owner, nn.modules.conv._ConvNd):
+        return "vector"  # a stack too narrow to be seen as one, or a convolution with so large a kernel that it is
+    rows, cols = view[-2:]
     fits = min(rows, cols) >= NARROWEST and max(rows, cols) <= LONGEST * min(rows, cols)
     return "matrix" if fits else "vector"
 
@@ -91,6 +95,7 @@ def build_optimizer(
     have no weight decay and fp32 states. overrides: see `roles`. Every group holds its `role`. ValueError for what no
     preset reads.
     """
+    name, aux = name.lower(), aux.lower()
     shared = {key: options.pop(key) for key in OF_THE_OPTIMIZER if key in options}
     given: dict[str, dict[str, Any]] = {"matrix": {"weight_decay": weight_decay}, "aux": {}}
     given.update({role: {} for role in ROLES[1:]})
@@ -108,18 +113,25 @@ def build_optimizer(
     for role in ROLES:
         chosen = {"lr": lr, **USUAL.get(role, {}), **(given["aux"] if role != "matrix" else {}), **given[role]}
         if members[role]:
-            group, recipe = group_of(name if role == "matrix" else aux, chosen)
+            group, recipe = group_of(name if role == "matrix" else aux, members[role], chosen)
             groups.append({**group, "params": members[role], "recipe": recipe, "role": role})
     return ShardedOptimizer(groups, **shared)
 
 
-def group_of(preset: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], Recipe]:
+def group_of(
+    preset: str, members: list[tuple[str, Tensor]], options: Mapping[str, Any]
+) -> tuple[dict[str, Any], Recipe]:
     """The numbers and the recipe of a preset with these options."""
     if preset not in PRESETS:
         raise ValueError(f"no optimizer is named {preset!r}; use one of {', '.join(PRESETS)}")
     try:
-        made = PRESETS[preset]([nn.Parameter(torch.empty(128, 128, device="meta"))], **options)
+        made = PRESETS[preset](members, **options)
     except TypeError as error:
-        raise ValueError(f"{preset} cannot be built from {dict(options)}: {error}") from None
-    group = {key: value for key, value in made.param_groups[0].items() if key not in ("params", "recipe")}
+        wrong = str(error).rsplit("'", 2)[-2] if "unexpected keyword" in str(error) else str(error)
+        raise ValueError(
+            f"{wrong!r} is neither an option of {preset} nor one of a role: <role>_<option> with the roles "
+            f"{', '.join(ROLES)}, or aux_<option> for all but matrices"
+        ) from None
+    of_the_members = ("params", "param_names", "recipe")
+    group = {key: value for key, value in made.param_groups[0].items() if key not in of_the_members}
     return group, made.recipes[0]

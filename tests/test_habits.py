@@ -176,7 +176,10 @@ BAD = {
     "weight_decay": (lambda p: shardopt.AdamW(p, weight_decay=-0.1), "weight_decay is -0.1"),
     "amsgrad": (lambda p: shardopt.AdamW(p, amsgrad=True), "amsgrad"),
     "differentiable": (lambda p: shardopt.AdamW(p, differentiable=True), "differentiable"),
-    "fused": (lambda p: shardopt.AdamW(p, addons=["mars"], fused=True), "fused=True, but add-on mars has no native twin"),
+    "fused": (
+        lambda p: shardopt.AdamW(p, addons=["mars"], fused=True),
+        "fused=True, but add-on mars has no native twin",
+    ),
     "nonfinite": (lambda p: shardopt.AdamW(p, nonfinite="ignore"), "propagate, zero, skip"),
     "rounding": (lambda p: shardopt.AdamW(p, rounding="up"), "nearest, stochastic, kahan"),
     "update_from": (lambda p: shardopt.AdamW(p, update_from="x"), "'fresh' or 'stored'"),

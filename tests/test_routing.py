@@ -57,6 +57,26 @@ def test_tied_weights_are_an_embedding_once():
     assert shardopt.roles(model) == {"tokens.weight": "embedding"}
 
 
+def test_views_that_the_module_does_not_mean():
+    """Kills: a kernel taken for a stack of matrices, experts of rank 16 taken for one matrix, a whole embedder for an
+    embedding."""
+    model = nn.Module()
+    model.patches = nn.Conv2d(3, 64, 32, 32, bias=False)
+    model.sequence = nn.Conv1d(48, 64, 128, bias=False)
+    model.adapters = nn.Parameter(torch.zeros(8, 64, 16))
+    model.embedder = nn.Sequential(nn.Linear(16, 16, bias=False))
+    model.embedder.inner = nn.Linear(16, 16, bias=False)
+    assert list(shardopt.roles(model).values()) == ["vector", "vector", "vector", "embedding", "matrix"]
+
+
+def test_options_meet_the_real_parameters():
+    """Kills: options tried on a stand-in's shape."""
+    model = nn.Sequential(nn.Linear(40, 96, bias=False))
+    assert shardopt.build_optimizer(model, "Muon", lr=0.1, split=[32, 64]).param_groups[0]["split"] == (32, 64)
+    with pytest.raises(ValueError, match="0.weight has 96 rows"):
+        shardopt.build_optimizer(model, lr=0.1, split=50)
+
+
 def test_overrides():
     found = shardopt.roles(Model(), {"pos_*": "embedding", "output.*": "head", "*": "vector"})
     assert (found["pos_embed"], found["output.output.weight"], found["qkv.weight"]) == ("embedding", "head", "vector")
@@ -102,7 +122,7 @@ def test_other_optimizers(name, aux):
 def test_bad_options_say_what_to_do():
     with pytest.raises(ValueError, match="no optimizer is named 'mion'"):
         shardopt.build_optimizer(Model(), "mion", lr=0.01)
-    with pytest.raises(ValueError, match=r"muon cannot be built from .*wires"):
+    with pytest.raises(ValueError, match="'wires' is neither an option of muon nor one of a role"):
         shardopt.build_optimizer(Model(), "muon", lr=0.01, wires="exact")
 
 

@@ -42,6 +42,13 @@ def check_switches(number: int, group: dict[str, Any], saved: dict[str, Any]) ->
     here["amsgrad"] = False
     if saved.get("weight_decay"):
         here["decoupled_weight_decay"] = "l2" not in str(group["recipe"]).split("/")[2].split(",")
+    if "adjust_lr_fn" in saved and "adjust_lr" in group:  # torch.optim.Muon's
+        theirs = saved["adjust_lr_fn"] or "original"
+        if theirs != group["adjust_lr"]:
+            raise ValueError(
+                f"param group {number} was saved with adjust_lr_fn={theirs!r}, here adjust_lr is "
+                f"{group['adjust_lr']!r}: the same lr means another step. Build the optimizer with the saved option"
+            )
     for name, value in here.items():
         if name in saved and bool(saved[name]) != bool(value):
             raise ValueError(

@@ -55,7 +55,8 @@ class SavedGroups:
     def check(self, number: int, group: dict[str, Any], recipe: Recipe, names: Iterable[str]) -> list[str]:
         """ValueError where a saved switch or number is not for this recipe; weight decay of another kind in words."""
         saved = self.saved(names)
-        check_switches(number, group, {key: saved[key] for key in (*SWITCHES, "amsgrad") if key in saved})
+        told = {key: saved[key] for key in (*SWITCHES, "amsgrad", "adjust_lr_fn") if key in saved}
+        check_switches(number, group, told)
         numbers = {name: saved[name] for name in recipe.rule.numbers if name in saved and name != "lr"}
         if replace(recipe.rule, **numbers).slots() != recipe.rule.slots():
             raise ValueError(
@@ -64,7 +65,7 @@ class SavedGroups:
             )
         kinds = [addon.name for addon in recipe.addons if addon.name in ("l2", "decay", "cautious_decay")]
         was = saved.get("decoupled_weight_decay")
-        if was is None and "recipe" not in saved and "momentum" in saved:
+        if was is None and "recipe" not in saved and "momentum" in saved and "ns_steps" not in saved:
             was = False  # torch's SGD and RMSprop
         if was is None or not kinds or not float(saved.get("weight_decay") or 0) or was == (kinds[0] != "l2"):
             return []

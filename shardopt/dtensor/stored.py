@@ -11,7 +11,7 @@ from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from shardopt.codecs import CODECS, Codec, codec
+from shardopt.codecs import CODECS, FIXED, Codec, codec
 from shardopt.dtensor.channel import Channel
 from shardopt.dtensor.manifest import METADATA, Damaged, read_manifest
 from shardopt.state import part_name
@@ -83,7 +83,7 @@ class Stored:
         self, prefix: str, slot: str, signed: bool, shape: tuple[int, ...], view: tuple[int, ...], told: str | None
     ) -> Codec | None:
         """How a slot is stored: as the manifest has `told`, else as the names, shapes and dtypes of its parts tell."""
-        candidates = [codec(told)] if told else [cls() for cls in CODECS.values()]
+        candidates = [codec(told)] if told else [cls() for cls in (CODECS | FIXED).values()]
         if not told:
             blocked = [cls for cls in CODECS.values() if "block" in cls.__dataclass_fields__]
             candidates += [codec(f"{cls.name}(block={block})") for cls in blocked for block in BLOCKS]

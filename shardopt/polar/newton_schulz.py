@@ -1,7 +1,7 @@
 """Newton-Schulz: the polar factor by quintics in X X^T, the iteration of Muon."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ class Iteration(Orthogonalizer):
                 raise ValueError(f"{self.name} got {option}={value!r}. Choose one of {', '.join(allowed)}.")
         if not 0 < self.eps < 0.5:
             raise ValueError(f"{self.name} got eps={self.eps}; it guards against 0 / 0 and lies in (0, 0.5).")
+        if isinstance(self.coefficients, list):
+            object.__setattr__(self, "coefficients", nested_tuple(self.coefficients))
         self.triples(torch.float32)
 
     def triples(self, dtype: torch.dtype) -> tuple[Triple, ...]:
@@ -102,3 +104,8 @@ def direct(form: Iteration, x: Tensor) -> Tensor:
             x, gram = form.tighten(x, gram)
         x = ops.product_add(ops.symmetric(gram, gram, gram, beta=b, alpha=c), x, x, beta=a)
     return x
+
+
+def nested_tuple(x: Any) -> Any:
+    """Lists as tuples, which can be compared and hashed."""
+    return tuple(map(nested_tuple, x)) if isinstance(x, (list, tuple)) else x

@@ -67,6 +67,13 @@ class Muon(Rule):
             raise ValueError(
                 f"mode is {self.mode!r} and period {self.period}; 'periodic', and no other mode, needs > 1"
             )
+        if isinstance(self.split, list):
+            object.__setattr__(self, "split", tuple(self.split))
+        sizes = self.split if isinstance(self.split, tuple) else (1 if self.split is None else self.split,)
+        if min(sizes, default=0) < 1:
+            raise ValueError(f"split is {self.split!r}; give rows of a block, at least 1, or a tuple of such")
+        if self.split is not None and self.mode in ("local", "periodic"):
+            raise ValueError(f"mode {self.mode!r} orthogonalizes shards, which know no blocks; drop split or the mode")
         if self.split is not None and self.adjust_lr == "rms_rescale":
             raise ValueError("rms_rescale knows no blocks; use another adjust_lr together with split")
         wire_of(self.wire)
@@ -126,6 +133,8 @@ class Muon(Rule):
 
     def adjust(self, rows: int, cols: int) -> float:
         """The factor of the learning rate of a matrix of this GLOBAL shape."""
+        if not rows * cols:
+            return 1.0  # nothing to adjust, and no ratio
         if self.adjust_lr == "original":
             return sqrt(max(1.0, rows / cols))
         if self.adjust_lr == "match_rms_adamw":
@@ -133,9 +142,13 @@ class Muon(Rule):
         return sqrt(rows / cols) if self.adjust_lr == "spectral" else 1.0
 
     def caveat(self) -> str | None:
-        if self.mode not in ("local", "periodic"):
-            return None
-        return f"mode={self.mode!r} orthogonalizes shards: another algorithm, whose result DEPENDS ON THE MESH"
+        if self.mode in ("gram", "auto"):
+            return (
+                f"mode={self.mode!r}: where the Gram form runs nothing is encoded, so that only wire='exact' compares"
+            )
+        if self.mode in ("local", "periodic"):
+            return f"mode={self.mode!r} orthogonalizes shards: another algorithm, whose result DEPENDS ON THE MESH"
+        return None
 
     def stepped(self, group: dict[str, Any]) -> None:
         if self.mode == "periodic":
