@@ -207,7 +207,7 @@ struct Thread {
   static void settle(const double* numbers, i64 stride, const typename K::Parameter& p) {
     if constexpr (K::factors) {
       Answers answers = p.answers + K::slot_asks;
-      const float decay = (float)K::Maths::decay(numbers + p.group * stride, (double)*p.step + 1);
+      const float decay = (float)K::Rule::decay(numbers + p.group * stride, (double)*p.step + 1);
       for (i64 i = 0; i < p.matrices * p.rows; i++) p.row[i] = Factored::moved(p.row, answers[Factored::ROWS], decay, i);
       for (i64 j = 0; j < p.matrices * p.cols; j++) p.col[j] = Factored::moved(p.col, answers[Factored::COLS], decay, j);
     }

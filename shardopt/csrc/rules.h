@@ -1,17 +1,29 @@
-// The update rules, one struct each: the twins of shardopt/rules/.
+// The update rules, one struct each: the twins of shardopt/rules/; Adafactor has a file of its own.
 //
 //   slots, numbers   how many; `numbers` doubles of the param group come in the order of shardopt/kernels/twins.py
 //   derive           numbers and the step's number t -> what is the same for all elements; `step` multiplies u
-//   update           old slots -> fresh slots and the direction u, fp32, in the reference's order of operations
+//   update           slots s -> fresh slots and the direction u, fp32, in the reference's order of operations.
+//                    s.recur<I>(decay, x) is slot I <- decay slot I + x and returns the value that the step uses, as in
+//                    shardopt/state.py; s.old is for what comes before it
+//   paced            whether its decay has a factor of its own, `pace`, in place of lr
+//   depth            how many recurrences follow from each other
+//   decay, floor     of a second moment that may be factored: its decay, float64, and the smallest mean(row)
+//   rounds, wants, want, learn, weighs   of a rule that asks itself; see asking.h
 #pragma once
-#include "platform.h"
+#include "asking.h"
 
 namespace shardopt {
 
 HD double unbias(double beta, double t) { return 1 - pow(beta, t); }
 
+struct Unasking : Silent {
+  static constexpr int depth = 1;
+  static constexpr bool paced = false;
+  HD static double floor(const double*) { return 1e-30; }
+};
+
 template <bool MOMENTUM, bool NESTEROV, bool ATAN2, bool CORRECT>
-struct AdamW {  // numbers: lr, beta1, beta2, eps
+struct AdamW : Unasking {  // numbers: lr, beta1, beta2, eps
   static constexpr int slots = MOMENTUM ? 2 : 1, numbers = 4;
   struct Scalars {
     float beta1, rest1, beta2, rest2, eps, inverse_root, step;
@@ -21,12 +33,13 @@ struct AdamW {  // numbers: lr, beta1, beta2, eps
     return {(float)n[1], (float)(1 - n[1]), (float)n[2], (float)(1 - n[2]), (float)n[3], (float)(1 / sqrt(bias2)),
             (float)(n[0] / bias1)};
   }
-  HD static float update(float, float g, const float* old, float* fresh, const Scalars& h) {
-    constexpr int second = MOMENTUM ? 1 : 0;  // first, since its root takes longest
-    float v = fresh[second] = old[second] * h.beta2 + g * g * h.rest2;
+  HD static double decay(const double* n, double) { return n[2]; }
+  template <class S>
+  HD static float update(float, float g, S& s, const Scalars& h) {
+    float v = s.template recur<MOMENTUM ? 1 : 0>(h.beta2, g * g * h.rest2);  // first, since its root takes longest
     float r = root(v) * h.inverse_root, m = g;
     if constexpr (MOMENTUM) {
-      m = fresh[0] = old[0] * h.beta1 + g * h.rest1;
+      m = s.template recur<0>(h.beta1, g * h.rest1);
       if constexpr (NESTEROV) m = m * h.beta1 + g * h.rest1;
     }
     if constexpr (ATAN2) return (float)(atan2((double)m, (double)r) * (4 / 3.14159265358979323846));
@@ -34,7 +47,7 @@ struct AdamW {  // numbers: lr, beta1, beta2, eps
   }
 };
 
-struct Lion {  // numbers: lr, beta1, beta2
+struct Lion : Unasking {  // numbers: lr, beta1, beta2
   static constexpr int slots = 1, numbers = 3;
   struct Scalars {
     float beta1, rest1, beta2, rest2, step;
@@ -42,14 +55,15 @@ struct Lion {  // numbers: lr, beta1, beta2
   HD static Scalars derive(const double* n, double) {
     return {(float)n[1], (float)(1 - n[1]), (float)n[2], (float)(1 - n[2]), (float)n[0]};
   }
-  HD static float update(float, float g, const float* old, float* fresh, const Scalars& h) {
-    fresh[0] = old[0] * h.beta2 + g * h.rest2;
-    return sign(old[0] * h.beta1 + g * h.rest1);
+  template <class S>
+  HD static float update(float, float g, S& s, const Scalars& h) {
+    s.template recur<0>(h.beta2, g * h.rest2);
+    return sign(s.old[0] * h.beta1 + g * h.rest1);
   }
 };
 
 template <bool MOMENTUM, bool NESTEROV>
-struct SGD {  // numbers: lr, momentum, dampening
+struct SGD : Unasking {  // numbers: lr, momentum, dampening
   static constexpr int slots = MOMENTUM ? 1 : 0, numbers = 3;
   struct Scalars {
     float momentum, kept, step;
@@ -57,16 +71,19 @@ struct SGD {  // numbers: lr, momentum, dampening
   HD static Scalars derive(const double* n, double t) {
     return {(float)n[1], t == 1 ? 1.0f : (float)(1 - n[2]), (float)n[0]};
   }
-  HD static float update(float, float g, const float* old, float* fresh, const Scalars& h) {
-    if constexpr (!MOMENTUM) return g;
-    float m = fresh[0] = old[0] * h.momentum + g * h.kept;
-    return NESTEROV ? g + m * h.momentum : m;
+  template <class S>
+  HD static float update(float, float g, S& s, const Scalars& h) {
+    if constexpr (MOMENTUM) {
+      float m = s.template recur<0>(h.momentum, g * h.kept);
+      return NESTEROV ? g + m * h.momentum : m;
+    }
+    return g;
   }
 };
 
 template <bool CENTERED, bool MOMENTUM, bool CORRECT>
-struct RMSprop {  // numbers: lr, alpha, eps, momentum
-  static constexpr int slots = 1 + CENTERED + MOMENTUM, numbers = 4;
+struct RMSprop : Unasking {  // numbers: lr, alpha, eps, momentum
+  static constexpr int slots = 1 + CENTERED + MOMENTUM, numbers = 4, depth = 1 + MOMENTUM;
   struct Scalars {
     float alpha, rest, eps, momentum, bias, step;
   };
@@ -74,16 +91,18 @@ struct RMSprop {  // numbers: lr, alpha, eps, momentum
     return {(float)n[1], (float)(1 - n[1]), (float)n[2], (float)n[3], CORRECT ? (float)unbias(n[1], t) : 1.0f,
             (float)n[0]};
   }
-  HD static float update(float, float g, const float* old, float* fresh, const Scalars& h) {
-    float v = fresh[0] = old[0] * h.alpha + g * g * h.rest;
+  HD static double decay(const double* n, double) { return n[1]; }
+  template <class S>
+  HD static float update(float, float g, S& s, const Scalars& h) {
+    float v = s.template recur<0>(h.alpha, g * g * h.rest);
     if constexpr (CORRECT) v = v / h.bias;
     if constexpr (CENTERED) {
-      float mean = fresh[1] = old[1] * h.alpha + g * h.rest;
+      float mean = s.template recur<1>(h.alpha, g * h.rest);
       v = v - mean * mean;
       v = v < 0 ? 0 : v;
     }
     float u = over(g, root(v) + h.eps);
-    if constexpr (MOMENTUM) u = fresh[1 + CENTERED] = old[1 + CENTERED] * h.momentum + u;
+    if constexpr (MOMENTUM) u = s.template recur<1 + CENTERED>(h.momentum, u);
     return u;
   }
 };

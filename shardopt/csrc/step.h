@@ -1,9 +1,10 @@
 // A whole step as a type: rule, formats, add-ons and write policy composed; and the descriptor of what it works on.
 #pragma once
+#include "adafactor.h"
 #include "addons.h"
 #include "factored.h"
 #include "log_codecs.h"
-#include "recurring.h"
+#include "rules.h"
 #include "write.h"
 
 namespace shardopt {
@@ -108,7 +109,6 @@ struct Step {
   using Direction = Direction_;
   using Decay = Decay_;
   using Write = Write_;
-  using Maths = Recurring<Rule>;
   using Span = shardopt::Span<Slots::parts>;
   static constexpr int slots = Slots::count;
   static constexpr int tile = Slots::widest() > 256 ? Slots::widest() : 256;
@@ -117,24 +117,24 @@ struct Step {
   // Rounds of asks: those of the gradient's add-ons, of the factored slot, of the rule, of the direction's add-ons.
   static constexpr int factored = Slots::factored(), factors = factored >= 0 ? 1 : 0;
   static constexpr int from_slot = Gradient::rounds, from_rule = from_slot + factors;
-  static constexpr int from_direction = from_rule + Maths::rounds, rounds = from_direction + Direction::rounds;
+  static constexpr int from_direction = from_rule + Rule::rounds, rounds = from_direction + Direction::rounds;
   static constexpr int slot_asks = Gradient::asks, rule_asks = slot_asks + 4 * factors;
-  static constexpr int direction_asks = rule_asks + asks_of<Maths>(Maths::rounds);
+  static constexpr int direction_asks = rule_asks + asks_of<Rule>(Rule::rounds);
   static constexpr int asks = direction_asks + Direction::asks;
-  static constexpr bool stored = STORED, plain = rounds == 0 && !STORED && !Maths::recurring;
+  static constexpr bool stored = STORED;
   static constexpr bool by_row = factors || Gradient::by_row;
-  static constexpr int previews = stored ? (Maths::depth < Slots::blocked() ? Maths::depth : Slots::blocked()) : 0;
+  static constexpr int previews = stored ? (Rule::depth < Slots::blocked() ? Rule::depth : Slots::blocked()) : 0;
   using Parameter = shardopt::Parameter<asks>;
 
   static constexpr Wants wants(int round) {
     return round < from_slot        ? Gradient::wants(round)
            : round < from_rule      ? Factored::wants(0)
-           : round < from_direction ? Maths::wants(round - from_rule)
+           : round < from_direction ? Rule::wants(round - from_rule)
                                     : Direction::wants(round - from_direction);
   }
 
   static constexpr bool weighs(int pass) {  // whether p is read in a pass
-    return pass == rounds || Gradient::weighs(pass) || (Maths::weighs && pass == from_rule);
+    return pass == rounds || Gradient::weighs(pass) || (Rule::weighs && pass == from_rule);
   }
 
   HD static i64 across(const Span& s) { return (s.cols + tile - 1) / tile; }  // tiles of a row
@@ -149,7 +149,7 @@ struct Step {
     Scalars h;
     h.rule = Rule::derive(n, t);
     h.lr = (float)n[0];
-    if constexpr (Maths::paced) h.lr = h.rule.pace;
+    if constexpr (Rule::paced) h.lr = h.rule.pace;
     n += Rule::numbers;
     Gradient::derive(n, h.gradient);
     Direction::derive(n + Gradient::numbers, h.direction);
@@ -163,9 +163,9 @@ struct Step {
     Scalars h = derive(n, t);
     const double *gradient = n + Rule::numbers, *direction = gradient + Gradient::numbers;
     Gradient::template learn<PASS>(gradient, answers, h.gradient);
-    if constexpr (Maths::rounds > 0 && PASS > from_rule) {
-      Maths::learn(Heard<Maths>(answers + rule_asks, 1).x, n, t, h.rule);
-      if constexpr (Maths::paced) h.lr = h.rule.pace;
+    if constexpr (Rule::rounds > 0 && PASS > from_rule) {
+      Rule::learn(Heard<Rule>(answers + rule_asks, 1).x, n, t, h.rule);
+      if constexpr (Rule::paced) h.lr = h.rule.pace;
     }
     Direction::template learn<PASS - from_direction>(direction, answers + direction_asks, h.direction);
     return h;
@@ -180,13 +180,13 @@ struct Step {
     if constexpr (factors && PASS > from_slot) {
       Answers a = parameter.answers + slot_asks;
       constexpr int part = Slots::part_of(factored);
-      const double decay = Maths::decay(n, t);
+      const double decay = Rule::decay(n, t);
       h.line.decay = (float)decay;
       h.line.col = (const float*)s.part[part + 1];
       h.line.cols = (const float*)a[Factored::COLS] + place.column;
       h.line.relative = Factored::moved((const float*)s.part[part], (const float*)a[Factored::ROWS] + place.line,
                                         h.line.decay, row) /
-                        Factored::mean(a, decay, Maths::floor(n), place.matrix, parameter.stack != 0);
+                        Factored::mean(a, decay, Rule::floor(n), place.matrix, parameter.stack != 0);
     }
     return h;
   }
@@ -196,12 +196,10 @@ struct Step {
   HD static float direction(float p, float& g, S& s, const Scalars& h, float* want) {
     g = Gradient::template apply<PASS, false>(p, g, 0, h.gradient, want);
     float u = 0;
-    if constexpr (plain)
-      u = Rule::update(p, g, s.old, s.fresh, h.rule);
-    else if constexpr (PASS >= from_direction || (factors && PASS == from_slot))
-      u = Maths::update(p, g, s, h.rule);
+    if constexpr (PASS >= from_direction || (factors && PASS == from_slot))
+      u = Rule::update(p, g, s, h.rule);
     else if constexpr (PASS >= from_rule)
-      Maths::want(p, g, s, h.rule, want);
+      Rule::want(p, g, s, h.rule, want);
     if constexpr (PASS >= from_direction)
       u = Direction::template apply<PASS - from_direction, true>(p, g, u, h.direction, want);
     return u;
