@@ -138,4 +138,4 @@ def train(
     bar.close()
     checkpoints.save(step, blocking=True)
     checkpoints.wait()
-    return step == config.steps
+    return step >= config.steps

@@ -23,11 +23,11 @@ USUAL = {role: {"weight_decay": 0.0, "state": "fp32"} for role in ("embedding", 
 def roles(model: nn.Module, overrides: Mapping[str, str] | None = None) -> dict[str, str]:
     """Name of every parameter that needs a gradient -> its role, by name, owner module and GLOBAL shape.
 
-    vector: at most one dim, a bias, whatever a normalisation owns, and what is too narrow or too long to be
-    orthogonalized. embedding: of nn.Embedding, or named like one (not a position's). head: named
-    like one. matrix: the rest, stacks and convolutions included, where the view is what the module means: a stack of
-    matrices narrower than 32, or a convolution with a kernel of 32 and more, is a "vector". Tied weights are embeddings. overrides: patterns of names
-    ("layers.*.gate.weight") -> role, the first that matches wins; ValueError for one that matches nothing.
+    vector: at most one dim, a bias, whatever a normalisation owns, what is too narrow or too long to be orthogonalized,
+    and what its view would misread: a stack of matrices narrower than 32, a convolution whose kernel is 32 or longer.
+    embedding: of nn.Embedding, or named like one (not a position's). head: named like one. matrix: the rest, stacks and
+    convolutions included. Tied weights are embeddings. overrides: patterns of names ("layers.*.gate.weight") -> role,
+    the first that matches wins; ValueError for one that matches nothing.
     """
     found = {name: role_of(name, p, owner) for name, p, owner in owned(model) if p.requires_grad}
     unused = dict.fromkeys(overrides or ())

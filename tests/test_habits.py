@@ -178,7 +178,7 @@ BAD = {
     "differentiable": (lambda p: shardopt.AdamW(p, differentiable=True), "differentiable"),
     "fused": (
         lambda p: shardopt.AdamW(p, addons=["mars"], fused=True),
-        "fused=True, but add-on mars has no native twin",
+        "fused=True, but add-on mars has no",
     ),
     "nonfinite": (lambda p: shardopt.AdamW(p, nonfinite="ignore"), "propagate, zero, skip"),
     "rounding": (lambda p: shardopt.AdamW(p, rounding="up"), "nearest, stochastic, kahan"),

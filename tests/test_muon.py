@@ -206,3 +206,44 @@ def test_add_ons_and_low_precision_parameters(name, addons):
 
     a, b = run(), run()
     assert a.isfinite().all() and a.equal(b) and not a.equal(weights((70, 130)).bfloat16())
+
+
+def test_a_checkpoint_of_torch_with_another_factor_is_refused():
+    """Kills: a step of another length after loading, without a word."""
+    p, q = (torch.nn.Parameter(weights((33, 64))) for _ in range(2))
+    theirs = torch.optim.Muon([q], lr=0.02, adjust_lr_fn="match_rms_adamw")
+    q.grad = torch.ones(33, 64)
+    theirs.step()
+    with pytest.raises(ValueError, match="saved with adjust_lr_fn='match_rms_adamw', here adjust_lr is 'original'"):
+        shardopt.Muon([p], state="fp32").load_state_dict(theirs.state_dict())
+    shardopt.Muon([p], state="fp32", adjust_lr_fn="match_rms_adamw").load_state_dict(theirs.state_dict())
+
+
+def test_nothing_is_written_where_the_plan_does_not_fit():
+    """Kills: AdamW's groups stepped before Muon's refuse."""
+    p, q = torch.nn.Parameter(weights((8, 8))), torch.nn.Parameter(weights((7,)))
+    groups = [
+        {"params": [q], "recipe": Recipe(rules.AdamW())},
+        {"params": [p], "recipe": Recipe(rules.Muon(mode="gram"))},
+    ]
+    opt = ShardedOptimizer(groups)
+    p.grad, q.grad = torch.ones(8, 8), torch.ones(7)
+    with pytest.raises(ValueError, match="Gram"):
+        opt.step()
+    assert q.detach().equal(weights((7,))) and p.detach().equal(weights((8, 8)))
+
+
+def test_shapes_without_elements_and_lists():
+    for shape in ((5, 0), (0, 5), (4, 0, 5)):
+        p = torch.nn.Parameter(torch.zeros(shape))
+        p.grad = torch.zeros(shape)
+        for name in ("Muon", "NorMuon", "AdaMuon"):
+            getattr(shardopt, name)([p]).step()
+    assert rules.Muon(split=[6, 3]).split == (6, 3)
+    for bad in (0, (4, 0), ()):
+        with pytest.raises(ValueError, match="rows of a block"):
+            rules.Muon(split=bad)
+    with pytest.raises(ValueError, match="know no blocks"):
+        rules.Muon(split=4, mode="local")
+    group = [{"params": [torch.nn.Parameter(torch.zeros(8, 8))], "mode": "periodic", "period": 2}]
+    assert shardopt.Muon(group).param_groups[0]["phase"] == 0

@@ -35,9 +35,10 @@ class Muon(Rule):
     split: None, or rows of a block, or the rows of every block: heads, fused q, k, v.
     wire: "exact", "bf16", "int8", "int8+int4", or codecs "there+back": how x and o travel; a part of the maths, so
     that every mesh gives the bits of one device. mode: "full" (whole matrices), "gram" (tall or wide matrices cut on
-    their long side: only the small Gram matrix is summed), "auto" (a plan by cost chooses between these two); and, by
-    nature other algorithms whose result DEPENDS ON THE MESH: "local" (every rank its shard), "periodic" (full in every
-    `period`-th step, local between: MuonBP, arXiv 2510.16981).
+    their long side: only the small Gram matrix is summed; nothing is encoded, so that the update differs from that of
+    "full" by the wire's rounding), "auto" (a plan by cost chooses between these two); and, by nature other algorithms
+    whose result DEPENDS ON THE MESH: "local" (every rank its shard), "periodic" (full in every `period`-th step, local
+    between: MuonBP, arXiv 2510.16981).
 
     Slots: momentum_buffer (signed). Asks one Whole.
     """
@@ -143,9 +144,7 @@ class Muon(Rule):
 
     def caveat(self) -> str | None:
         if self.mode in ("gram", "auto"):
-            return (
-                f"mode={self.mode!r}: where the Gram form runs nothing is encoded, so that only wire='exact' compares"
-            )
+            return f"mode={self.mode!r}: where the Gram form runs nothing is encoded, compare meshes with wire='exact'"
         if self.mode in ("local", "periodic"):
             return f"mode={self.mode!r} orthogonalizes shards: another algorithm, whose result DEPENDS ON THE MESH"
         return None
