@@ -25,7 +25,9 @@ def test_table(capsys):
 
 
 def test_json_of_4096_ranks(capsys):
-    found = json.loads(output(capsys, "--model", "llama3-405b", "--mesh", "512x8", "--json", "--share", "no", "--wire", "bf16"))
+    found = json.loads(
+        output(capsys, "--model", "llama3-405b", "--mesh", "512x8", "--json", "--share", "no", "--wire", "bf16")
+    )
     assert found["mesh"] == "512x8"
     assert not found["plan"]["shared"]
     rows = {row["way"]: row for row in found["ways"]}
