@@ -33,9 +33,7 @@ def parser() -> argparse.ArgumentParser:
     words = argparse.ArgumentParser(prog="python -m shardopt.plan", description=__doc__)
     words.add_argument("--model", required=True, help=f"{', '.join(MODELS)}, or a JSON file of name to shape")
     words.add_argument("--mesh", default="8", help="shards, or replicas x shards as in 2x8 (default %(default)s)")
-    words.add_argument(
-        "--wire", default="int8", help=f"{', '.join(WIRES)}, or codecs there+back (default %(default)s)"
-    )
+    words.add_argument("--wire", default="int8", help=f"{', '.join(WIRES)}, or codecs there+back (default %(default)s)")
     words.add_argument("--mode", default="full", choices=("full", "gram", "auto", "local"), help="of the plan shown")
     words.add_argument("--share", default="auto", choices=tuple(SHARING), help="whether replicas divide the work")
     words.add_argument("--bucket-bytes", type=float, default=BUCKET_BYTES, help="of a rank's messages in one bucket")
