@@ -52,7 +52,7 @@ def contenders(ranks: int) -> dict[str, Callable[[list[nn.Parameter]], Any]]:
     for wire in WIRES:
         made[f"shardopt {wire}"] = lambda ps, wire=wire: shardopt.Muon(ps, wire=wire)
     made["shardopt local"] = lambda ps: shardopt.Muon(ps, mode="local")
-    made["shardopt auto"] = lambda ps: shardopt.Muon(ps, mode="auto")
+    made["shardopt auto"] = lambda ps: shardopt.Muon(ps, mode="auto", orthogonalizer="minimax")
     return made
 
 

@@ -4,13 +4,16 @@ import math
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard
 
 import shardopt
 from shardopt import Recipe, ShardedOptimizer, rules
 from shardopt.rules import AdamW
 from tests.checkpoint_kit import BF16
 from tests.resume_job import Even, check_equal, resume, run_and_save, uninterrupted
-from tests.test_mesh import CASES, build, close, on_mesh, piece, train
+from tests.table import weights
+from tests.test_mesh import CASES, build, close, distributed, on_mesh, piece, train
 from tests.threaded import run_threaded
 from tests.virtual import bits
 
@@ -104,6 +107,25 @@ def test_periodic_on_a_mesh():
     case = CASES["fsdp 3"]._replace(shapes=((70, 130), (33, 64)))
     make = muon(rules.Muon(lr=0.02, mode="periodic", period=2))
     assert [counts[0] for _, counts, _ in run_threaded(3, on_mesh(case, make, torch.float32))] == [2] * 3
+
+
+def test_nothing_is_written_where_the_plan_does_not_fit():
+    """Kills: AdamW's groups stepped before Muon's refuse."""
+
+    def body(_):
+        mesh = init_device_mesh("cpu", (2,))
+        whole = (weights((8, 64)), weights((7,)))
+        p = torch.nn.Parameter(distributed(whole[0].chunk(2)[mesh.get_rank()], (8, 64), mesh, (Shard(0),)))
+        q = torch.nn.Parameter(whole[1].clone())
+        gram = rules.Muon(mode="gram", orthogonalizer="gram")  # of 8 x 8, whose rows are cut
+        groups = [{"params": [q], "recipe": Recipe(AdamW())}, {"params": [p], "recipe": Recipe(gram)}]
+        opt = ShardedOptimizer(groups)
+        p.grad, q.grad = torch.ones_like(p), torch.ones(7)
+        with pytest.raises(ValueError, match="the short one"):
+            opt.step()
+        assert q.detach().equal(whole[1])
+
+    run_threaded(2, body)
 
 
 MOVES = {

@@ -78,7 +78,13 @@ class Muon(Rule):
         if self.split is not None and self.adjust_lr == "rms_rescale":
             raise ValueError("rms_rescale knows no blocks; use another adjust_lr together with split")
         wire_of(self.wire)
-        object.__setattr__(self, "orthogonalizer", orthogonalizer(self.orthogonalizer).describe())
+        work = orthogonalizer(self.orthogonalizer)
+        object.__setattr__(self, "orthogonalizer", work.describe())
+        if self.mode in ("gram", "auto") and (self.split is not None or not hasattr(work, "gram_factor")):
+            raise ValueError(
+                f"mode {self.mode!r} needs a Gram form, which {work.name} has not, nor any split. Use "
+                "orthogonalizer='gram' or 'minimax' without split, or mode='full'"
+            )
 
     def defaults(self) -> dict[str, Any]:
         numbers = super().defaults()
