@@ -1,6 +1,7 @@
 """Orthogonalizers: the polar factor of a matrix by matrix products, for Muon and its relatives."""
 
 from dataclasses import fields
+from functools import lru_cache
 
 from shardopt.polar.base import Orthogonalizer
 from shardopt.polar.coefficients import SETS, schedule
@@ -27,8 +28,12 @@ def orthogonalizer(spec: Orthogonalizer | str) -> Orthogonalizer:
 
     With options the name is that of a class; ValueError for what it does not know.
     """
-    if isinstance(spec, Orthogonalizer):
-        return spec
+    return spec if isinstance(spec, Orthogonalizer) else read(spec)
+
+
+@lru_cache(maxsize=256)
+def read(spec: str) -> Orthogonalizer:
+    """The orthogonalizer of a text; rules hold texts and ask for their orthogonalizer in every step."""
     name, options = spelled(spec, nested=("work",))
     if name not in (CLASSES if options else ORTHOGONALIZERS):
         raise ValueError(
