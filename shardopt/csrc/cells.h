@@ -74,6 +74,7 @@ struct Cells {
   const float* old;
   float *fresh, *want;
   float factor;  // of the factored slot
+  float answer;  // to what the rule asked
   const Stored& stored;
   template <int I>
   HD float recur(float decay, float x) {

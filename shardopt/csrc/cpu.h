@@ -4,7 +4,7 @@
 
 namespace shardopt {
 
-// What a piece wants, added up: in 32 lanes, as it is vectorised, whatever the machine.
+// What a piece wants, added up: in 32 lanes, as it is vectorised, whatever the machine; or put where it was asked for.
 template <class K, int PASS>
 struct Adding {
   static constexpr int pass = PASS, lanes = 32;
@@ -12,10 +12,15 @@ struct Adding {
   static constexpr Wants wants = K::wants(PASS);
   static constexpr int values = wants.values();
   double sums[values][lanes] = {};
-  double* columns = nullptr;  // of the span's first column
+  double* columns = nullptr;   // of the span's first column
+  float* elements = nullptr;  // of the row, of the span's first column
 
   template <int COUNT, int E>
   HD void take(const float (&wanted)[COUNT][E], i64 column, int n, int) {
+    if constexpr (wants.elements) {
+      for (int e = 0; e < n; e++) elements[column + e] = wanted[0][e];
+      return;
+    }
     for (int k = 0; k < values; k++) {
       int e = 0;
       if constexpr (E >= lanes)
@@ -159,22 +164,25 @@ struct Thread {
     const double t = (double)*s.step + 1, *n = numbers + s.group * stride;
     const auto h = K::template informed<PASS>(n, t, a.parameters[place.parameter].answers);
     const auto noise = K::noise(s.key, (i64)t);
+    constexpr Wants wants = K::wants(PASS);
     Adding<K, PASS> sink;
-    if constexpr (Adding<K, PASS>::wants.cols) {
+    if constexpr (wants.cols) {
       sink.columns = a.scratch + place.cols0 + down * s.cols;
       for (i64 j = left; j < right; j++) sink.columns[j] = 0;
     }
     for (i64 row = down * place.high; row < bottom; row++) {
       const auto drawn = K::row_noise(noise, s.row0 + row);
       const auto entered = enter<PASS>(h, s, &a, at, n, t, row);
+      if constexpr (wants.elements)
+        sink.elements = (float*)a.parameters[place.parameter].out + (place.line + row) * s.ld + place.column;
       for (i64 column = left; column < right; column += width) {
         bool more = column + width < right;
         ahead<PASS>(s, more ? row : row + 1, more ? column + width : left);
         one(s, entered, drawn, sink, row, column, right - column < width ? right - column : width);
       }
-      if constexpr (Adding<K, PASS>::wants.rows) a.scratch[place.rows0 + beside * s.rows + row] = sink.taken(0);
+      if constexpr (wants.rows) a.scratch[place.rows0 + beside * s.rows + row] = sink.taken(0);
     }
-    if constexpr (!Adding<K, PASS>::wants.rows)
+    if constexpr (!wants.rows && !wants.elements)
       for (int k = 0; k < Adding<K, PASS>::values; k++) a.scratch[index * Adding<K, PASS>::values + k] = sink.taken(k);
   }
 
@@ -237,8 +245,10 @@ void pass(const void* spans, i64 count, const double* numbers, i64 stride, int t
   auto* all = (const typename K::Span*)spans;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && asked.pieces > 1)
   for (i64 i = 0; i < asked.pieces; i++) Thread<K>::template piece<PASS>(all, count, numbers, stride, asked, i);
+  if constexpr (!K::wants(PASS).elements) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && asked.pieces > 1)
-  for (i64 i = 0; i < asked.count; i++) Thread<K>::template combine<PASS>(all, count, asked, asked.parameters[i]);
+    for (i64 i = 0; i < asked.count; i++) Thread<K>::template combine<PASS>(all, count, asked, asked.parameters[i]);
+  }
 }
 
 // Which pass it is, as a number of the program.

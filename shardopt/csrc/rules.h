@@ -1,4 +1,4 @@
-// The update rules, one struct each: the twins of shardopt/rules/; Adafactor has a file of its own.
+// The update rules, one struct each: the twins of shardopt/rules/; Adafactor and Muon have files of their own.
 //
 //   slots, numbers   how many; `numbers` doubles of the param group come in the order of shardopt/kernels/twins.py
 //   derive           numbers and the step's number t -> what is the same for all elements; `step` multiplies u
@@ -9,6 +9,7 @@
 //   depth            how many recurrences follow from each other
 //   decay, floor     of a second moment that may be factored: its decay, float64, and the smallest mean(row)
 //   rounds, wants, want, learn, weighs   of a rule that asks itself; see asking.h
+//   answered         whether its answer is a value for every element, s.answer, and nothing that `learn` reads
 #pragma once
 #include "asking.h"
 
@@ -18,7 +19,7 @@ HD double unbias(double beta, double t) { return 1 - pow(beta, t); }
 
 struct Unasking : Silent {
   static constexpr int depth = 1;
-  static constexpr bool paced = false;
+  static constexpr bool paced = false, answered = false;
   HD static double floor(const double*) { return 1e-30; }
 };
 

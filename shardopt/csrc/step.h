@@ -4,6 +4,7 @@
 #include "addons.h"
 #include "factored.h"
 #include "log_codecs.h"
+#include "muon.h"
 #include "rules.h"
 #include "write.h"
 
@@ -122,7 +123,7 @@ struct Step {
   static constexpr int direction_asks = rule_asks + asks_of<Rule>(Rule::rounds);
   static constexpr int asks = direction_asks + Direction::asks;
   static constexpr bool stored = STORED;
-  static constexpr bool by_row = factors || Gradient::by_row;
+  static constexpr bool by_row = factors || Gradient::by_row || Rule::answered;
   static constexpr int previews = stored ? (Rule::depth < Slots::blocked() ? Rule::depth : Slots::blocked()) : 0;
   using Parameter = shardopt::Parameter<asks>;
 
@@ -143,6 +144,7 @@ struct Step {
   struct Scalars {
     typename Rule::Scalars rule;
     float lr, gradient[Gradient::floats + 1], direction[Direction::floats + 1], decay[Decay::floats + 1];
+    typename Only<Rule::answered, const float*>::type answer;  // of the row, from the span's first column on
     typename Only<factors != 0, Factored::Line>::type line;
   };
   HD static Scalars derive(const double* n, double t) {
@@ -163,7 +165,7 @@ struct Step {
     Scalars h = derive(n, t);
     const double *gradient = n + Rule::numbers, *direction = gradient + Gradient::numbers;
     Gradient::template learn<PASS>(gradient, answers, h.gradient);
-    if constexpr (Rule::rounds > 0 && PASS > from_rule) {
+    if constexpr (Rule::rounds > 0 && !Rule::answered && PASS > from_rule) {
       Rule::learn(Heard<Rule>(answers + rule_asks, 1).x, n, t, h.rule);
       if constexpr (Rule::paced) h.lr = h.rule.pace;
     }
@@ -177,6 +179,8 @@ struct Step {
                           const double* n, double t, i64 row) {
     Scalars h = known;
     Gradient::template enter<PASS>(parameter.answers, place.line + row, h.gradient);
+    if constexpr (Rule::answered && PASS > from_rule)
+      h.answer = (const float*)parameter.answers[rule_asks] + (place.line + row) * s.ld + place.column;
     if constexpr (factors && PASS > from_slot) {
       Answers a = parameter.answers + slot_asks;
       constexpr int part = Slots::part_of(factored);

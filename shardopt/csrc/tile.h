@@ -169,8 +169,9 @@ HD void Member<K, E, LANES, TILES>::chunk_of(const Span& s, const typename K::Sc
       else
         return C<S>::decode((typename C<S>::Code)C<S>::encode(y, random));
     };
-    Cells<K, PASS, decltype(stored)> cells{old, fresh, want, 0, stored};
+    Cells<K, PASS, decltype(stored)> cells{old, fresh, want, 0, 0, stored};
     if constexpr (K::factors && PASS > K::from_slot) cells.factor = h.line.value(column + e);
+    if constexpr (K::Rule::answered && PASS > K::from_rule) cells.answer = h.answer[column + e];
     float u = K::template direction<PASS>(x, d, cells, h, want);
     if constexpr (later) {
       directions[e] = u;

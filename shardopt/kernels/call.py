@@ -28,8 +28,9 @@ class Call:
 
     def add(self, item: Any, key: Key, shape: Shape, member: int) -> None:
         """Take one more parameter, the `member`-th of the step's items."""
-        if not self.groups or self.groups[-1][0] is not key or self.groups[-1][1] is not item.group:
-            self.groups.append((key, item.group))
+        group = self.numbers_of(item)
+        if not self.groups or self.groups[-1][0] is not key or self.groups[-1][1] is not group:
+            self.groups.append((key, group))
         step = item.state[STEP_NAME].data_ptr()
         rows = shape.offsets.copy()
         rows[:, P] += item.p.data_ptr()
@@ -43,6 +44,10 @@ class Call:
         self.steps.append(step)
         self.members.append(member)
         self.tiles += shape.tiles
+
+    def numbers_of(self, item: Any) -> Mapping[str, Any]:
+        """Where an item's numbers come from, the same object for all that share them."""
+        return item.group
 
     def close(self) -> None:
         """No parameter is added any more."""

@@ -1,5 +1,6 @@
 """A step that asks, by a kernel in passes: each adds up what one round asks, and the last one writes."""
 
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
@@ -8,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shardopt.asks import Ask, Asking, Mean, Sum
+from shardopt.asks import Ask, Asking, Mean, Sum, Whole
 from shardopt.kernels.call import Call
 from shardopt.kernels.key import Key
 from shardopt.kernels.spans import PARAMETER, PIECE0, ROWS0, Places, Shape
-from shardopt.kernels.twins import Round
+from shardopt.kernels.twins import WHOLE, Round
+from shardopt.rules import Hyper
 
 # columns of a `Parameter` of csrc/step.h; the pointers of the answers follow
 FIRST, LAST, MATRICES, HEIGHT, WIDTH, STACK, ROW, COL, OUT, ANSWERS = range(2, 12)
@@ -31,6 +33,8 @@ class AskingCall(Call):
         self.views: list[tuple[int, ...]] = []
         self.tables = {by: Table() for by in {"column means" in asked for asked in key.rounds}}
         self.spans_before = 0
+        self.whole: list[tuple[Any, Mapping[str, Any], tuple[int, ...]]] = []  # rule, group, GLOBAL view
+        self.adjusted: dict[tuple[int, float], Mapping[str, Any]] = {}
 
     def add(self, item: Any, key: Key, shape: Shape, member: int) -> None:
         super().add(item, key, shape, member)
@@ -44,6 +48,13 @@ class AskingCall(Call):
         about = [first, self.spans_before, matrices, rows, local[-1], len(local) > 2, lines.get("row", 0)]
         self.about.append([len(self.groups) - 1, self.steps[-1], *about, lines.get("column", 0)])
         self.views.append(local)
+        self.whole.append((item.recipe.rule, item.group, item.layout.geo.view))
+
+    def numbers_of(self, item: Any) -> Mapping[str, Any]:
+        if WHOLE not in self.rounds:
+            return item.group
+        factor = item.recipe.rule.factor(item.layout.geo.view)
+        return self.adjusted.setdefault((id(item.group), factor), ChainMap({"factor": factor}, item.group))
 
     def close(self) -> None:
         super().close()
@@ -79,12 +90,7 @@ class AskingCall(Call):
         alive: list[Tensor] = []  # what the answers' pointers point to
         column = ANSWERS
         for which, asked in enumerate(self.rounds):
-            self.parameters[:, OUT] = self.outs[which]
-            table = self.tables["column means" in asked]
-            scratch = np.empty(table.scratch)
-            self.function.sums(which, self.spans, numbers, self.told(table, scratch))
-            del scratch
-            replies = yield self.asks[which]
+            replies = yield self.asked(which, numbers)
             for row, member in enumerate(self.members):
                 answers = [reply.contiguous() for reply in replies[member]]
                 self.parameters[row, column : column + len(asked)] = [answer.data_ptr() for answer in answers]
@@ -92,6 +98,19 @@ class AskingCall(Call):
             column += len(asked)
         told = [self.told(table, np.empty(0)) for table in self.tables.values()]
         self.function(self.spans, self.tiles, numbers, self.counters, taken, *told[:1])  # either tells whose a span is
+
+    def asked(self, which: int, numbers: list[list[Any]]) -> Mapping[int, Any]:
+        """What is asked of every member in a round, worked out; nobody here keeps it."""
+        asks: Mapping[int, Any] = self.asks[which]
+        self.parameters[:, OUT] = self.outs[which]
+        if self.rounds[which] == WHOLE:
+            xs = [torch.empty(view) for view in self.views]
+            self.parameters[:, OUT] = [x.data_ptr() for x in xs]
+            asks = {member: (whole_of(x, *about),) for member, x, about in zip(self.members, xs, self.whole)}
+        table = self.tables["column means" in self.rounds[which]]
+        scratch = np.empty(table.scratch)
+        self.function.sums(which, self.spans, numbers, self.told(table, scratch))
+        return asks
 
     def told(self, table: "Table", scratch: np.ndarray) -> np.ndarray:
         """The twin of `Asked` in csrc/cpu.h."""
@@ -120,9 +139,13 @@ class Table:
         self.scratch = max(self.sums, self.pieces * most)
 
 
+def whole_of(x: Tensor, rule: Any, group: Any, view: tuple[int, ...]) -> Whole:
+    return rule.asked(x, Hyper(group, shape=view))
+
+
 def size_of(word: str, local: tuple[int, ...]) -> int:
     """How many sums an ask holds."""
-    return prod(shape_of_ask(word, local))
+    return 0 if word in WHOLE else prod(shape_of_ask(word, local))
 
 
 def shape_of_ask(word: str, local: tuple[int, ...]) -> tuple[int, ...]:
@@ -142,7 +165,7 @@ def asks_of(asked: Round, local: tuple[int, ...], out: Tensor, start: int) -> Se
     """The asks of one round of one parameter, whose sums lie in `out` one after another: the twin of what rules, codecs
     and add-ons yield."""
     found: list[Ask] = []
-    for word in asked:
+    for word in asked if asked != WHOLE else ():
         shape = shape_of_ask(word, local)
         sums = out[start : start + prod(shape)].view(shape)
         start += prod(shape)

@@ -25,6 +25,9 @@ class NoTwin(Exception):
 Round = tuple[str, ...]  # what one round asks, by the words of `shardopt.kernels.passes`
 
 
+WHOLE: Round = ("whole",)
+
+
 class Twin(NamedTuple):
     """cpp: the struct. numbers: (param group, totals) -> its numbers, floats or 0-d tensors, in the struct's order.
     rounds: what it asks."""
@@ -84,6 +87,13 @@ def adafactor(rule: rules.Adafactor, dtype: torch.dtype) -> Twin:
     return Twin(f"Adafactor<{words}, {decay}>", numbers, (asked,) if asked else ())
 
 
+def muon(rule: rules.Muon) -> Twin:
+    if rule.adjust_lr == "rms_rescale":
+        raise NoTwin("adjust_lr='rms_rescale' has no native twin")
+    switches = (rule.accumulate == "ema", rule.nesterov)
+    return Twin(f"Muon<{', '.join(map(flag, switches))}>", from_group("lr", "momentum", "factor"), (WHOLE,))
+
+
 # (rule, dtype of the parameter) -> its twin
 RULES: dict[type[Rule], Callable[[Any, torch.dtype], Twin]] = {
     rules.AdamW: lambda rule, dtype: adamw(rule),
@@ -91,6 +101,7 @@ RULES: dict[type[Rule], Callable[[Any, torch.dtype], Twin]] = {
     rules.SGD: lambda rule, dtype: sgd(rule),
     rules.RMSprop: lambda rule, dtype: rmsprop(rule),
     rules.Adafactor: adafactor,
+    rules.Muon: lambda rule, dtype: muon(rule),
 }
 
 

@@ -136,7 +136,11 @@ class Muon(Rule):
         """(direction, its step, the decay's step) of an orthogonal o."""
         if self.adjust_lr == "rms_rescale":
             return (yield from rescaled(o, h.shape)), h.lr, h.lr
-        return o, h.lr * (1.0 if self.split is not None else self.adjust(*h.shape[-2:])), h.lr
+        return o, h.lr * self.factor(h.shape), h.lr
+
+    def factor(self, view: tuple[int, ...]) -> float:
+        """Of the learning rate, for a parameter of this GLOBAL view; of a split one every block has its own."""
+        return 1.0 if self.split is not None else self.adjust(*view[-2:])
 
     def adjust(self, rows: int, cols: int) -> float:
         """The factor of the learning rate of a matrix of this GLOBAL shape."""

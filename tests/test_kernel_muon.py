@@ -1,0 +1,114 @@
+"""Muon by kernels: momentum in one pass, the matrices orthogonalized in between, everything written in another."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import shardopt
+from shardopt import Recipe, ShardedOptimizer, rules
+from tests import test_muon_mesh
+from tests.kernel_kit import differences
+
+SHAPES = ((70, 130), (64, 256), (4, 32, 48), (66, 9, 3, 3), (33, 64), (300, 1024), (0, 64), (128, 7))
+CASES = {
+    "int8": ({}, "int8", ("cautious_decay",), "nearest", torch.float32),
+    "exact": ({"wire": "exact", "nesterov": False, "adjust_lr": "spectral"}, "int8", (), "nearest", torch.bfloat16),
+    "sum": ({"accumulate": "sum", "wire": "int8+int4"}, "sqrt8", ("decay",), "kahan", torch.bfloat16),
+    "fp32": ({"adjust_lr": "match_rms_adamw"}, "fp32", ("cautious", "decay"), "nearest", torch.float32),
+    "asks before and after": ({}, "bf16", ("gradient_centralization", "rms_clip"), "stochastic", torch.bfloat16),
+    "int4": ({}, "int4", ("l2", "grams"), "stochastic", torch.float16),
+    "periodic": ({"mode": "periodic", "period": 2}, "int8", ("decay",), "nearest", torch.float32),
+    "gram": ({"mode": "auto", "orthogonalizer": "gram"}, "int8", ("decay",), "nearest", torch.float32),
+}
+
+
+def stepped(name, fused, steps=3, **more):
+    options, state, addons, rounding, dtype = CASES[name]
+    torch.manual_seed(5)
+    ps = [nn.Parameter((torch.randn(shape) * 0.1).to(dtype)) for shape in SHAPES]
+    decay = {"weight_decay": 0.1} if any("decay" in addon or addon == "l2" for addon in addons) else {}
+    opt = ShardedOptimizer(
+        [{"params": ps[::2], "lr": 0.02, **decay}, {"params": ps[1::2], "lr": 0.03, **decay}],
+        Recipe(rules.Muon(**options), state, addons, rounding=rounding, **more),
+        fused=fused,
+    )
+    for _ in range(steps):
+        for p in ps:
+            p.grad = torch.randn(p.shape).to(dtype)
+        opt.step()
+    if fused:
+        assert (opt.native.stepped, opt.native.left) == (len(ps), 0)
+    return [{"p": p.detach(), **opt.state[p]} for p in ps]
+
+
+@pytest.mark.parametrize("more", ({}, {"update_from": "stored"}), ids=("fresh", "stored"))
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_reference(name, more):
+    """Bit by bit, also where sums are asked besides: these shapes have none that differ. Kills: the answer of another
+    row, matrix or parameter, the rate of another shape or of the decay, momentum that decays twice, a sum for EMA."""
+    for one, other in zip(stepped(name, False, **more), stepped(name, True, **more)):
+        assert differences(one, other) == []
+
+
+def test_split_matrices():
+    """Whose blocks have rates of their own. Kills: a rate adjusted twice."""
+
+    def run(fused):
+        torch.manual_seed(1)
+        p = nn.Parameter(torch.randn(96, 40))
+        opt = shardopt.Muon([p], split=(64, 16, 16), lr=0.02, fused=fused)
+        p.grad = torch.randn(96, 40)
+        opt.step()
+        return {"p": p.detach(), **opt.state[p]}
+
+    assert differences(run(False), run(True)) == []
+
+
+@pytest.mark.parametrize("name", ["muon int8", "muon int8+int4", "muon exact"])
+@pytest.mark.parametrize("kind", ["fsdp 3", "hsdp 2x2", "tp rows, fsdp", "ep x fsdp"])
+def test_ranks_with_and_without_a_compiler(kind, name, monkeypatch):
+    """Every second rank runs the reference, and all together give the bits of one device. Kills: an x or an answer laid
+    out otherwise than the reference's, a rank without elements that skips the exchange."""
+    made, muon = [], test_muon_mesh.muon
+
+    def mixed(*given):
+        def make(ps):
+            opt = muon(*given)(ps)
+            if dist.is_initialized() and dist.get_rank() % 2:
+                opt.native = None
+            made.append(opt)
+            return opt
+
+        return make
+
+    monkeypatch.setattr(test_muon_mesh, "muon", mixed)
+    test_muon_mesh.test_equals_one_device(kind, name)
+    assert sum(opt.native is not None and opt.native.asked > 0 for opt in made) > 1
+    assert any(opt.native is None for opt in made)
+
+
+def test_nothing_is_written_before_the_result_is_there(monkeypatch):
+    """Kills: momentum written by the pass that works out what is sent."""
+    p = nn.Parameter(torch.randn(64, 96))
+    opt = shardopt.Muon([p], fused=True)
+    p.grad = torch.randn(64, 96)
+    opt.step()
+    before = [x.clone() for x in (p.detach(), *opt.state[p].values())]
+
+    def fail(*_):
+        raise RuntimeError("a link went down")
+
+    monkeypatch.setattr("shardopt.dtensor.whole.worked", fail)
+    with pytest.raises(RuntimeError, match="link"):
+        opt.step()
+    assert all(torch.equal(x, y) for x, y in zip(before, (p.detach(), *opt.state[p].values())))
+
+
+def test_rms_rescale_has_no_kernel():
+    """Kills: a recipe that asks a norm more than its kernel knows of."""
+    p = nn.Parameter(torch.randn(64, 96))
+    with pytest.raises(ValueError, match=r"rms_rescale.*no native twin"):
+        opt = ShardedOptimizer([p], Recipe(rules.Muon(adjust_lr="rms_rescale")), fused=True)
+        p.grad = torch.randn(64, 96)
+        opt.step()
