@@ -1,5 +1,8 @@
 """Muon by kernels: momentum in one pass, the matrices orthogonalized in between, everything written in another."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,10 +10,15 @@ from torch import nn
 
 import shardopt
 from shardopt import Recipe, ShardedOptimizer, rules
+from shardopt.codecs.geometry import Geometry
+from shardopt.item import Item
+from shardopt.kernels import cpu, key_at
+from shardopt.kernels.passes import AskingCall
+from shardopt.kernels.spans import parts_of, shape_of
 from tests import test_muon_mesh
 from tests.kernel_kit import differences
 
-SHAPES = ((70, 130), (64, 256), (4, 32, 48), (66, 9, 3, 3), (33, 64), (300, 1024), (0, 64), (128, 7))
+SHAPES = ((70, 130), (64, 256), (4, 32, 48), (66, 9, 3, 3), (330, 64), (300, 1024), (0, 64), (128, 7))
 CASES = {
     "int8": ({}, "int8", ("cautious_decay",), "nearest", torch.float32),
     "exact": ({"wire": "exact", "nesterov": False, "adjust_lr": "spectral"}, "int8", (), "nearest", torch.bfloat16),
@@ -112,3 +120,27 @@ def test_rms_rescale_has_no_kernel():
         opt = ShardedOptimizer([p], Recipe(rules.Muon(adjust_lr="rms_rescale")), fused=True)
         p.grad = torch.randn(64, 96)
         opt.step()
+
+
+def test_two_runs_of_columns():
+    """Of a shard that is cut by two axes: x and the answer lie as its elements do. Kills: rows as long as a run."""
+    geo = Geometry((6, 700), (((0, 6),), ((0, 256), (512, 100))), ((), ()))
+    recipe = Recipe(rules.Muon(lr=0.5), {"signed": "int8", "non_negative": "root4"})
+    torch.manual_seed(0)
+    p, g, o = (torch.randn(geo.local) for _ in range(3))
+    state = {"step": torch.zeros(()), "momentum_buffer.int8": torch.zeros(geo.local, dtype=torch.int8)}
+    state["momentum_buffer.int8_scale"] = torch.zeros(6, 2)
+    layout = SimpleNamespace(geo=geo, local_shape=geo.local)
+    codecs = recipe.codecs((6, 700), torch.float32)
+    item = Item(p.clone(), g, layout, recipe, codecs, state, {"lr": 0.5, "momentum": 0.95})
+    key = key_at(recipe, (6, 700), torch.float32, torch.float32)
+    call = AskingCall(key, cpu.load(key))
+    call.add(item, key, shape_of(geo, key, parts_of(codecs, layout), 4, 4), 0)
+    call.close()
+    step = call.stepping(np.array([g.data_ptr()]), {}, [g])
+    (asked,) = next(step)[0]
+    m = g * (1 - 0.95)
+    assert asked.x.equal(m * 0.95 + g * (1 - 0.95))
+    with pytest.raises(StopIteration):
+        step.send({0: (o,)})
+    assert item.p.equal(p - o * 0.5) and state["step"] == 1
