@@ -6,9 +6,12 @@ import torch
 
 import shardopt
 from shardopt import Recipe, rules
+from shardopt.codecs import CODECS
+from tests.bad_codecs import Plain2, Plain3
 
 INT8 = {"signed": "int8", "non_negative": "root4"}  # the preset's
 INT4_GATHER = "int4(block=64)+bf16"
+CODECS.update(plain2=Plain2, plain3=Plain3)  # a wire names its formats; these are only for controls
 
 
 def muon(state: Any, wire: str, rule: type[rules.Muon] = rules.Muon, addons: Any = ("decay",), **options: Any) -> Any:
@@ -42,6 +45,10 @@ CONTENDERS = {
     "muon-int8-int8+int4": muon(INT8, "int8+int4"),
     "muon-int4-exact": muon("int4", "exact"),
     "control-muon-int4-gather": muon("fp32", INT4_GATHER),
+    "control-muon-int4x128-gather": muon("fp32", "int4(block=128)+bf16"),
+    "control-muon-3-bit-gather": muon("fp32", "plain3+bf16"),
+    "control-muon-2-bit-gather": muon("fp32", "plain2+bf16"),
+    "control-muon-2-bit-return": muon("fp32", "bf16+plain2"),
     "control-muon-int4-wire": muon("fp32", "int4(block=64)+int4(block=64)"),
     "control-muon-int4-state": muon({"signed": "int4", "non_negative": "root4"}, "exact"),
     "muon-minimax": muon("fp32", "exact", orthogonalizer="minimax"),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shardopt.codecs.base import Noise, Parts
-from shardopt.codecs.block import Absmax, to_codes
+from shardopt.codecs.block import Absmax, Int8, to_codes
 from shardopt.codecs.blocks import Blocks
 from shardopt.codecs.geometry import Geometry
 
@@ -51,3 +51,24 @@ class PlainUint4(LinearUint4):
 
     name: ClassVar[str] = "plain_uint4"
     least: ClassVar[int] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain3(Int8):
+    """7 equal steps from -a to a (stored a byte each): what 3 bits would hold."""
+
+    name: ClassVar[str] = "plain3"
+    divisor: ClassVar[float] = 3.0
+
+    block: int = 64
+
+    def quantise(self, ratio: Tensor, x: Tensor, geo: Geometry, noise: Noise) -> Tensor:
+        return to_codes(ratio.round().clamp(-self.divisor, self.divisor), self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain2(Plain3):
+    """-a, 0 or a: what 2 bits would hold."""
+
+    name: ClassVar[str] = "plain2"
+    divisor: ClassVar[float] = 1.0
