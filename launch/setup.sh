@@ -18,8 +18,13 @@ if [ ! -x "$PY" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$key" ]; then
             "$base" -m venv .venv || exit 1
         fi
     fi
-    # First and by exact version: a range, or no version, takes a newer release with gigabytes of CUDA packages.
-    good_torch "$PY" || "$PY" -m pip install -q --disable-pip-version-check torch==2.13.0 || exit 1
-    "$PY" -m pip install -q --disable-pip-version-check -e '.[test]' || exit 1
+    install=("$PY" -m pip install -q --disable-pip-version-check)
+    if ! good_torch "$PY"; then
+        # First and by exact version: a range, or no version, takes a newer release with gigabytes of CUDA packages.
+        "${install[@]}" --no-compile torch==2.13.0 || exit 1
+        "$PY" -m compileall -q .venv/lib/python3*/site-packages/*/ >/dev/null & # beside the other packages
+    fi
+    "${install[@]}" -e '.[test]' || exit 1
+    wait
     echo "$key" >"$stamp"
 fi

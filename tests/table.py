@@ -6,6 +6,7 @@ of entries still meets; `benchmarks/soak.py` draws from the full product.
 
 import random
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import combinations, product
 from typing import Any, NamedTuple
 
@@ -150,7 +151,8 @@ def pairs_of(case: tuple[Any, ...]) -> set[tuple[int, Any, int, Any]]:
     return {(i, case[i], j, case[j]) for i, j in combinations(range(len(case)), 2)}
 
 
-def cover(seed: int = 2024, tries: int = 40) -> list[Case]:
+@cache
+def cover(seed: int = 2024, tries: int = 40) -> tuple[Case, ...]:
     """Cases in which every allowed pair of entries of two factors meets at least once: greedy, seeded."""
     draw = random.Random(seed)
     forbidden = {(r, a) for r, a in product(RULES, ADDONS) if excluded(r, a)}
@@ -172,7 +174,7 @@ def cover(seed: int = 2024, tries: int = 40) -> list[Case]:
         best = max(candidates, key=lambda case: len(pairs_of(case) & wanted))
         wanted -= pairs_of(best)
         cases.append(Case(*best))
-    return cases
+    return tuple(cases)
 
 
 def gradients(shape: tuple[int, ...], steps: int, seed: int = 7) -> Iterator[torch.Tensor]:

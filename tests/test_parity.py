@@ -1,6 +1,7 @@
 """Every rule equals torch.optim where torch has it, and a float64 transcription of the paper everywhere."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -121,12 +122,12 @@ def test_a_late_parameter_is_corrected_from_its_own_first_step(gap):
     assert [float(a.state[p]["step"]) for p in mine] == [8, 8 - gap]
 
 
-def run_against_spec(made, addons, steps=10, shapes=VIEWED):
+def run_against_spec(made, addons, steps=10, shapes=VIEWED, fused=False):
     """Largest relative distance of any tensor from the float64 evaluation."""
     rule = made.rule
     ps = tensors(shapes)
     decays = {"decay", "cautious_decay", "l2"} & set(addons)
-    optimizer = ShardedOptimizer(ps, made, **({"weight_decay": WEIGHT_DECAY} if decays else {}))
+    optimizer = ShardedOptimizer(ps, made, fused=fused, **({"weight_decay": WEIGHT_DECAY} if decays else {}))
     exact, states = [p.detach().double() for p in ps], [{} for _ in ps]
     for t, gs in enumerate(draws(shapes, steps), start=1):
         for p, g in zip(ps, gs):
@@ -141,43 +142,44 @@ def state_for(rule):
 
 
 COMBINATIONS = [(r, a) for r in RULES for a in ADDONS if not excluded(r, a)]
+KERNELS = ("adamw.nesterov", "rmsprop.centered", "adafactor.update", "adafactor.fixed")  # asking 0, 0, 2 and 0 means
 
 
 @pytest.mark.parametrize("rule, addons", COMBINATIONS)
 def test_equals_the_paper(rule, addons):
-    """10 steps of every rule with every set of add-ons. Kills: a masked decay, the mask's mean over the wrong count,
-    add-ons in the wrong order, GC over the wrong dim, beta1 and beta2 swapped in Lion."""
+    """10 steps of every rule with every set of add-ons; in kernels, of one rule of a kind: the rest of a kernel sees
+    no more of its rule. Kills: a masked decay, the mask's mean over the wrong count, add-ons in the wrong order,
+    GC over the wrong dim, beta1 and beta2 swapped in Lion."""
     made = Recipe(RULES[rule](), {"signed": "fp32", "non_negative": state_for(rule)}, ADDONS[addons])
     assert run_against_spec(made, ADDONS[addons]) < SPEC
+    if rule in KERNELS:
+        assert run_against_spec(made, ADDONS[addons], fused=None) < SPEC  # there are none for mars
 
 
-MODES = [
-    {"momentum": momentum, "decay": decay, "relative_step": relative_step, "scale_parameter": scale, "beta1": beta1}
-    for momentum in ("update", "raw")
-    for decay in ("torch", "scaled", "decoupled")
-    for relative_step in (True, False)
-    for scale in (True, False)
-    for beta1 in (None, 0.85)
-    if beta1 or momentum == "update"
-]
+MOMENTA = ({}, {"beta1": 0.85}, {"beta1": 0.85, "momentum": "raw"})
+DECAYS = ("torch", "scaled", "decoupled")
+SECONDS = {
+    "decayed": {"beta2_decay": -0.75},
+    "fixed": {"beta2": 0.98},
+    "corrected": {"beta2": 0.98, "bias_correction": True},
+    "unclipped": {"beta2": 0.98, "bias_correction": True, "d": 0.0},
+}
 
 
-@pytest.mark.parametrize("second", ["decayed", "fixed", "corrected", "unclipped"])
+@pytest.mark.parametrize("second", SECONDS)
 @pytest.mark.parametrize(
     "eps", [("add", (1e-30, 1e-3)), ("add", (None, 1e-2)), ("clamp", (None, 1e-3)), ("clamp", (1e-2, 1e-3))]
 )
 def test_adafactor_modes(eps, second):
-    """All options against each other. Kills: alpha where rho is meant in a decay, eps added where torch clamps."""
-    numbers = {
-        "decayed": {"beta2_decay": -0.75},
-        "fixed": {"beta2": 0.98},
-        "corrected": {"beta2": 0.98, "bias_correction": True},
-        "unclipped": {"beta2": 0.98, "bias_correction": True, "d": 0.0},
-    }[second]
-    for mode in MODES:
-        rule = rules.Adafactor(lr=3e-2, eps_mode=eps[0], eps=eps[1], **numbers, **mode)
+    """All options against each other; in kernels, any three of them. Kills: alpha where rho is meant in a decay, eps
+    added where torch clamps."""
+    for a, b, c, d in product(range(3), range(3), range(2), range(2)):
+        mode = {**MOMENTA[a], "decay": DECAYS[b], "relative_step": c == 0, "scale_parameter": d == 0}
+        rule = rules.Adafactor(lr=3e-2, eps_mode=eps[0], eps=eps[1], **SECONDS[second], **mode)
         made = Recipe(rule, {"signed": "fp32", "non_negative": "factored"}, ("decay",))
-        assert run_against_spec(made, ("decay",), steps=6, shapes=((7, 15), (7,), (5, 3, 40))) < SPEC, mode
+        for fused in (False, True)[: 1 + ((a + b + 2 * c + d) % 4 == list(SECONDS).index(second))]:
+            distance = run_against_spec(made, ("decay",), 6, ((7, 15), (7,), (5, 3, 40)), fused)
+            assert distance < SPEC, (mode, fused)
 
 
 def test_mars_begins_with_the_gradient_itself():

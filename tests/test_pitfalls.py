@@ -208,7 +208,7 @@ def test_gradients_are_not_modified(rule, addons):
     p = torch.nn.Parameter(weights(SHAPE))
     decays = {"weight_decay": 0.1} if recipe(rule, addons=addons).stage("decay") or addons == "l2" else {}
     made = Recipe(RULES[rule](), state, ADDONS[addons])
-    optimizer = ShardedOptimizer([p], made, maximize=False, **decays)
+    optimizer = ShardedOptimizer([p], made, fused=False, maximize=False, **decays)
     for g in noise(2):
         p.grad = g.clone()
         optimizer.step()

@@ -6,8 +6,8 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -89,13 +89,15 @@ def replace(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def building() -> Iterator[None]:
-    """Hold the folder's lock, so that one process of a node builds; after WAIT seconds go on without it."""
+def building(entries: Iterable[Entry]) -> Iterator[None]:
+    """Hold the locks of these entries, so that one process of a node builds each; after WAIT seconds go on without."""
     limit = time.monotonic() + WAIT
-    with (cache_folder() / ".lock").open("a") as lock:
-        while not take(lock.fileno()) and time.monotonic() < limit:
-            time.sleep(0.05)
-        yield  # closing the file frees the lock, a crash does too
+    with ExitStack() as held:
+        for shard in sorted({entry.path.name[:2] for entry in entries}):  # in one order: nobody waits in a circle
+            lock = held.enter_context((cache_folder() / f".lock-{shard}").open("a"))
+            while not take(lock.fileno()) and time.monotonic() < limit:
+                time.sleep(0.05)
+        yield  # closing the files frees the locks, a crash does too
 
 
 def take(handle: int) -> bool:
@@ -114,7 +116,7 @@ def ensure(entries: dict[str, Entry], build: Callable[[list[str]], None]) -> Non
     """Build what is missing, once a node: `build` gets the names and writes their entries."""
     if all(entry.read() is not None for entry in entries.values()):
         return
-    with building():
+    with building(entries.values()):
         if missing := [name for name, entry in entries.items() if entry.read() is None]:
             build(missing)
 

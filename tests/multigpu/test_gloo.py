@@ -1,6 +1,5 @@
 """Three real processes on gloo, uneven shards and an empty one: torch.optim unsharded, in one spawn of many cases."""
 
-import os
 from functools import partial
 
 import pytest
@@ -12,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import shardopt
+from tests.processes import run_processes
 from tests.table import gradients, weights
 from tests.test_parity import TWINS, draws, near, relative
 from tests.virtual import bits
@@ -57,8 +57,7 @@ def both(make, make_whole, dtype, every):
     return list(whole), [p.full_tensor() for p in model]
 
 
-def job(rank, path):
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=RANKS)
+def every_optimizer(rank, world_size, folder):
     normal = list(zip(*draws(SHAPES, STEPS)))
     for name, (ours, theirs, options) in TWINS.items():
         state = "factored" if ours is shardopt.Adafactor else "fp32"
@@ -70,13 +69,10 @@ def job(rank, path):
     for name, make in BITWISE.items():
         whole, found = both(make, make, torch.bfloat16, awkward)
         assert all(bits(p.detach()).equal(bits(q.detach())) for p, q in zip(whole, found)), name
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.multigpu
 def test_three_uneven_ranks_equal_torch(tmp_path):
     """fp32 AdamW, Adam, SGD, RMSprop and Adafactor after 50 steps to 1e-6; quantised AdamW and Lion bitwise.
     Kills: an answer that is not reduced, a rank without rows that does not take part."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.multiprocessing.spawn(job, (str(tmp_path / "store"),), nprocs=RANKS)
+    run_processes(RANKS, every_optimizer, tmp_path)

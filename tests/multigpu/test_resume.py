@@ -3,53 +3,21 @@
 import os
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import shardopt
 from shardopt.dtensor.channel import channel
+from tests.processes import run_processes
 from tests.resume_job import build, check_equal, contents, optimizer, resume, train, uninterrupted
 
 pytestmark = pytest.mark.multigpu
 BF16 = torch.bfloat16
 SAVES = 200
 STATES = ("fp32", "int8+log8", "sqrt8+factored", "int4+log4")
-
-
-def begin(rank: int, world_size: int, port_file: str, body: str, folder: str) -> None:
-    """One rank: its process group, its work, and an error in a file where it failed."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=world_size)
-    try:
-        globals()[body](rank, world_size, Path(folder))
-        dist.barrier()
-    except BaseException:
-        Path(f"{port_file}.{rank}.error").write_text(traceback.format_exc())
-        os._exit(1)
-    dist.destroy_process_group()
-
-
-def spawn(world_size: int, body, folder: Path, timeout: float = 240) -> None:
-    """Run body(rank, world_size, folder) in processes; raises what any rank raised."""
-    port_file = folder / f"{body.__name__}{world_size}"
-    context = mp.get_context("spawn")
-    arguments = [(rank, world_size, str(port_file), body.__name__, str(folder)) for rank in range(world_size)]
-    processes = [context.Process(target=begin, args=each, daemon=True) for each in arguments]
-    for process in processes:
-        process.start()
-    end = time.monotonic() + timeout
-    for process in processes:
-        process.join(max(0.1, end - time.monotonic()))
-    for process in processes:
-        process.kill()
-    errors = "\n".join(path.read_text() for path in folder.glob("*.error"))
-    assert not errors, errors
-    assert all(process.exitcode == 0 for process in processes), [process.exitcode for process in processes]
 
 
 def many_saves(rank: int, world_size: int, folder: Path) -> None:
@@ -104,9 +72,9 @@ def load_all(rank: int, world_size: int, folder: Path) -> None:
 
 
 def test_training_and_two_hundred_saves_do_not_meet(tmp_path):
-    spawn(2, many_saves, tmp_path)
+    run_processes(2, many_saves, tmp_path)
 
 
 def test_four_ranks_save_and_three_resume(tmp_path):
-    spawn(4, save_all, tmp_path)
-    spawn(3, load_all, tmp_path)
+    run_processes(4, save_all, tmp_path)
+    run_processes(3, load_all, tmp_path)

@@ -1,11 +1,8 @@
 """Whole matrices between four real processes on gloo: every kind of mesh in one spawn, bitwise one device."""
 
-import os
 from functools import partial
 
 import pytest
-import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -13,6 +10,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from shardopt import Recipe, ShardedOptimizer
 from shardopt.dtensor.plan import plan
 from shardopt.polar import Gram
+from tests.processes import run_processes
 from tests.virtual import Axis, bits
 from tests.whole_kit import Asker, groups, local, placed, train
 
@@ -77,17 +75,13 @@ def small_sums():
         assert (cut.cut(whole) - ours).norm() <= 1e-4 * whole.norm()
 
 
-def job(rank, path):
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=RANKS)
+def whole_matrices(rank, world_size, folder):
     every_mesh()
     two_meshes_in_turn()
     small_sums()
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.multigpu
 def test_four_ranks_equal_one_device(tmp_path):
     """Kills: positions taken for ranks of a group, splits that do not add up, messages of buckets that overtake."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.multiprocessing.spawn(job, (str(tmp_path / "store"),), nprocs=RANKS)
+    run_processes(RANKS, whole_matrices, tmp_path)
