@@ -30,11 +30,16 @@ class Sum(NamedTuple):
 
 
 class Mean(NamedTuple):
-    """Like `Sum`, divided by the GLOBAL number of elements along `over`."""
+    """Like `Sum`, divided by the GLOBAL number of elements along `over`.
+
+    blocks: rows of every block of the view's rows (heads, fused q, k, v); with dim=(-2, -1). The means are of blocks,
+    and every local row is told its own block's: (..., rows).
+    """
 
     x: Tensor
     dim: Dims = None
     over: Dims = None
+    blocks: tuple[int, ...] = ()
 
 
 class Max(NamedTuple):

@@ -1,7 +1,7 @@
 """Param groups: what a group asks for beside its numbers, and the recipe that follows from it."""
 
-from collections.abc import Mapping
-from dataclasses import fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -39,7 +39,7 @@ def complete(
     asked = set(group)
     for name, value in numbers(recipe, base, given, defaults).items():
         group.setdefault(name, value)
-    rule = replace(recipe.rule, **{name: group[name] for name in switches(recipe.rule) if name in group})
+    rule = replace(recipe.rule, **{name: group[name] for name in recipe.rule.switches() if name in group})
     recipe = rebuilt(recipe, with_numbers(rule, group), {name: group[name] for name in RECIPE_KEYS if name in group})
     if "weight_decay" in asked and "weight_decay" not in recipe.defaults() and not_zero(group["weight_decay"]):
         raise ValueError(f"weight_decay is {group['weight_decay']}, but recipe {recipe.key()} has no decay add-on")
@@ -47,7 +47,7 @@ def complete(
         if not isinstance(group.get(name, ""), str):
             del group[name]  # groups hold numbers, strings and tuples; the recipe's key says the rest
     group = {**recipe.defaults(), **group}  # a switch may bring a number of its own
-    group.update({name: getattr(recipe.rule, name) for name in switches(recipe.rule)})
+    group.update({name: getattr(recipe.rule, name) for name in recipe.rule.switches()})
     group["recipe"] = recipe.key()
     return group, recipe
 
@@ -68,11 +68,6 @@ def numbers(
     usual = type(recipe.rule)().defaults()
     chosen = {name: value for name, value in recipe.defaults().items() if value != usual.get(name, 0.0)}
     return {**recipe.defaults(), **given, **chosen}
-
-
-def switches(rule: Rule) -> list[str]:
-    """The rule's structural options."""
-    return [field.name for field in fields(rule) if field.name not in rule.numbers]
 
 
 def with_numbers(rule: Rule, group: Mapping[str, Any]) -> Rule:
@@ -110,12 +105,43 @@ def not_zero(value: Any) -> bool:
     return isinstance(value, Tensor) or value != 0
 
 
-def settled(recipe: Recipe, group: Mapping[str, Any], started: bool, number: int) -> Recipe:
+def cycled(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What OneCycleLR and CyclicLR look up in an optimizer's defaults: the number that they cycle in ALL groups.
+
+    It is `betas` where every group has some, else `momentum`: see `hand_on`.
+    """
+    betas = [group["betas"] for group in groups if "betas" in group]
+    if betas and len(betas) == len(groups):
+        return {"betas": betas[0]}
+    momenta = [group["momentum"] for group in groups if "momentum" in group] + [beta[0] for beta in betas]
+    return {"momentum": momenta[0]} if momenta else {}
+
+
+def hand_on(rule: Rule, group: dict[str, Any]) -> None:
+    """A momentum that such a scheduler wrote becomes betas[0] or beta1 of a rule that has one in its place."""
+    if "momentum" in rule.numbers or isinstance(group.get("momentum", ""), str):
+        return
+    momentum = group.pop("momentum")
+    if "betas" in group:
+        group["betas"] = (momentum, *group["betas"][1:])
+    elif getattr(rule, "beta1", None):
+        group["beta1"] = momentum
+
+
+def numbers_of(recipe: Recipe, group: Mapping[str, Any]) -> list[Any]:
+    """What `settled` reads of a group, in which a scheduler may change the rate without another look."""
+    numbers = (group.get(name) for name in ("momentum", *recipe.rule.numbers) if name != "lr")  # see `hand_on`
+    return [recipe, type(group.get("lr")), *numbers]
+
+
+def settled(recipe: Recipe, group: dict[str, Any], started: bool, number: int) -> Recipe:
     """The group's recipe for this step; ValueError for numbers out of range, before anything is written.
 
     A scheduler may switch a momentum on (OneCycleLR does): before the group's first step the recipe follows, later
     the state that it needs is missing. Schedulers may end a hair below a rate of 0, as torch allows.
     """
+    if "max_momentum" in group:
+        hand_on(recipe.rule, group)
     lr = group.get("lr")
     if lr is None or isinstance(lr, str):
         raise ValueError(f"param group {number} has lr {lr!r}; it must be a number or a tensor")

@@ -47,7 +47,11 @@ def test_equals_one_device(kind, name):
     Kills: the local shard orthogonalized, scales of local blocks, adjust_lr of the local shape, the rows of another
     rank in row_sq, replicas that decode different bytes.
     """
-    case, make = CASES[kind], muon(MUONS[name](), STATES.get(name, "int8"))
+    compare(CASES[kind], muon(MUONS[name](), STATES.get(name, "int8")), bitwise="muon " in name)
+
+
+def compare(case, make, bitwise):
+    """A run on the mesh of a case with one on one device."""
     whole = build(case.shapes, torch.float32)
     optimizer = make(list(whole))
     train(optimizer, list(whole))
@@ -57,10 +61,20 @@ def test_equals_one_device(kind, name):
             for part, value in optimizer.state[p].items():
                 expected[part] = piece(value, rank.entries(specs[part])) if part in specs else value
             for part, value in {"p": local, **state}.items():
-                if "muon " in name:
+                if bitwise:
                     assert bits(value).equal(bits(expected[part])), (part, tuple(p.shape))
                 else:
                     close(part, value, expected[part])
+
+
+@pytest.mark.parametrize("rule", [rules.NorMuon, rules.AdaMuon])
+@pytest.mark.parametrize("kind", ["fsdp 4", "tp rows, fsdp", "tp cols", "ep x fsdp"])
+def test_norms_of_blocks_are_those_of_one_device(kind, rule):
+    """Blocks begin and end anywhere in a shard. Kills: norms of the local piece of a block, rows told another block's
+    norm, a shard's rows taken for consecutive ones."""
+    options = {"adjust_lr": "spectral"} if rule is rules.NorMuon else {}
+    case = CASES[kind]._replace(shapes=((4, 60, 32),) if "ep" in kind else ((60, 128), (60, 32)))
+    compare(case, muon(rule(lr=0.02, split=(20, 4, 4, 3, 29), **options), "bf16"), bitwise=False)
 
 
 def test_local_is_another_algorithm():
@@ -80,10 +94,10 @@ def test_explain_tells_of_plan_and_mesh():
     p = torch.nn.Parameter(torch.zeros(64, 96))
     assert "DEPENDS ON THE MESH" in shardopt.Muon([p], mode="local").explain()
     opt = shardopt.Muon([p])
-    assert "DEPENDS" not in opt.explain() and "whole matrices" not in opt.explain()
+    assert "DEPENDS" not in opt.explain()
     p.grad = torch.randn(64, 96)
     opt.step()
-    assert "1 of 64x96: full" in opt.explain() and "digest" in opt.explain()
+    assert "1 parameter of 64x96: full" in opt.explain() and "digest" in opt.explain()
 
 
 def test_periodic_is_full_in_every_nth_step():

@@ -175,7 +175,8 @@ def test_replicas_of_a_holder_make_room_for_longer_matrices():
     """And one holder alone cannot: others make room for it. Kills: what is held always first; never first."""
     units = [Unit(3, 0, ((0, 0),)), *[Unit(1, 0, ((1, 0),), 0)] * 3, *[Unit(1, 0, ((2, 0),), 1)] * 2]
     assert sorted(assign(units, 2, 2)) == [0, 1, 2, 2, 2, 3]
-    assert assign([Unit(3, 0, ((0, 0),)), Unit(1, 0, ((1, 0),), 0)], 2, 1) == [1, 0]
+    for longest in (3, 20):  # with 20 longest first alone is even enough, 21 beside 20
+        assert assign([Unit(longest, 0, ((0, 0),)), Unit(1, 0, ((1, 0),), 0)], 2, 1) == [1, 0]
 
 
 def test_second_try_fills_beside_what_stays():
@@ -185,6 +186,8 @@ def test_second_try_fills_beside_what_stays():
     owners = assign(units, 3, 1)
     loads = [sum(unit.flops for unit, owner in zip(units, owners) if owner == rank) for rank in range(3)]
     assert loads == [6, 6, 6]
+    owners = assign([*units, Unit(0, 0, ((7, 0),))], 3, 1)  # matrices without elements need no room
+    assert owners[:-1] == assign(units, 3, 1) and owners[-1] in (0, 1, 2)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -250,7 +253,10 @@ def test_small_matrices_of_one_shape_go_together():
     st.booleans(),
 )
 def test_any_plan(shapes, shards, replicas, share):
-    """Owners in range, longest share within 4/3 of the shortest possible and 5 % of that without batches."""
+    """Owners in range, longest share within 4/3 of the shortest possible and 5 % of that without batches.
+
+    The latter not where held matrices choose between replicas: there batches may come in another order.
+    """
     members = [
         matrix(8 * r, 8 * c, count=n, holders=tuple(i % shards for i in range(n)) if held else None)
         for r, c, n, held in shapes
@@ -271,8 +277,9 @@ def test_any_plan(shapes, shards, replicas, share):
     for unit, position in zip(singles, assign(singles, shards, positions // shards)):
         alone[position] += unit.flops
     longest = max(loads_of(made))
-    assert longest <= 1.05 * max(alone) + 1
-    if not any(member.holders for member in members):
+    held = any(member.holders for member in members)
+    assert longest <= 1.05 * max(alone) + 1 or (held and made.shared)
+    if not held:
         assert shortest(singles, positions) <= longest <= 1.05 * 4 / 3 * shortest(singles, positions) + 1
 
 

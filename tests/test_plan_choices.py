@@ -10,7 +10,7 @@ import pytest
 
 from shardopt.dtensor.buckets import blocks
 from shardopt.dtensor.cost import Costs, gram_flops, orthogonalize_flops
-from shardopt.dtensor.plan import Plan, plan
+from shardopt.dtensor.plan import LEAST_BYTES, MOST_BYTES, Plan, plan, sized
 from tests.test_plan import UGLY, llama, matrix
 
 
@@ -36,6 +36,34 @@ def test_auto_takes_gram_where_it_is_shorter():
     assert set(plan(llama("llama3-8b"), 8, modes="auto").modes) == {"full"}
     assert plan([tall], 2).modes == ("full",)
     assert plan([matrix(8, 8, count=2, holders=(0, 1))], 2, modes="auto").modes == ("full",)
+
+
+@pytest.mark.parametrize("ranks", [16, 32, 64, 128])
+def test_buckets_unless_told_are_as_many_as_overlap(ranks):
+    """Llama-3 8B, of which 512 MB a rank would hold nearly everything. Kills: a size that is never less than that."""
+    members = llama("llama3-8b", ranks, "int8")
+    made, large = plan(members, ranks), plan(members, ranks, bucket_bytes=MOST_BYTES)
+    assert len(made.buckets) > len(large.buckets) and len(made.buckets) >= min(3, 256 // ranks)
+    assert made.seconds() < 0.97 * large.seconds()
+    assert made.total.sent == large.total.sent and made.owners == large.owners
+
+
+def test_buckets_of_little_and_of_one_matrix_a_rank():
+    """Kills: buckets so small that latencies last longer than messages; ranks that wait for those of another bucket."""
+    assert len(plan(llama("llama3-8b", 512, "int8"), 512).buckets) == 1
+    assert len(plan([matrix(768, 768)] * 48, 8).buckets) == 1
+    assert len(plan([matrix(4096, 4096)] * 16, 8, modes="local").buckets) == 1  # nothing to overlap with
+    assert [sized(size) for size in (0, 4 * LEAST_BYTES + 400, 10**12)] == [LEAST_BYTES, LEAST_BYTES + 100, MOST_BYTES]
+
+
+def test_summary_is_written_for_people():
+    """Kills: 1 matrices, 1 buckets, bytes to the last digit."""
+    one = plan([matrix(64, 64)], 1).summary()
+    assert "1 matrix of 1 parameter, 4,096 elements, on 1 shard\n" in one and "1 bucket, at most 16.4 kB" in one
+    many = plan(llama("llama3-8b"), 8, 2).summary()
+    assert (
+        "224 matrices of 224 parameters" in many and "on 8 shards x 2 replicas" in many and "busiest rank has" in many
+    )
 
 
 def test_gram_and_local_have_no_owner():

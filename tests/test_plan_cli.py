@@ -57,6 +57,7 @@ def test_own_shapes_and_costs(capsys, tmp_path):
         (["--model", "llama3-8b", "--latency", "-1"], "must be at least 0"),
         (["--model", "llama3-8b", "--period", "0"], "must be at least 1"),
         (["--model", "llama3-8b", "--bucket-bytes", "0"], "must be at least 1"),
+        (["--model", "llama3-8b", "--bucket-bytes", "inf"], "must be at least 1, and finite"),
     ],
 )
 def test_errors(capsys, arguments, words):
@@ -66,7 +67,17 @@ def test_errors(capsys, arguments, words):
     assert not captured.out
 
 
-@pytest.mark.parametrize(("text", "words"), [("[1]", "not a JSON object"), ('{"norm": [4]}', "norm is no matrix")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[1]", "not a JSON object"),
+        ('{"norm": [4]}', "norm is no matrix"),
+        ("{}", "holds no shapes"),
+        ('{"a": [8, 0]}', r"a has shape [8, 0]; sizes are integers of at least 1"),
+        ('{"a": [8, 4.5]}', "sizes are integers"),
+        ('{"a": [8, "4"]}', "sizes are integers"),
+    ],
+)
 def test_bad_files(capsys, tmp_path, text, words):
     path = tmp_path / "shapes.json"
     path.write_text(text)
@@ -80,6 +91,14 @@ def test_plot(tmp_path, capsys):
     output(capsys, "--model", "llama3-8b", "--plot", str(path))
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size < 150_000
+
+
+def test_a_figure_that_cannot_be_written(tmp_path, capsys):
+    """Kills: a traceback after all was computed."""
+    pytest.importorskip("matplotlib")
+    assert main(["--model", "llama3-8b", "--plot", str(tmp_path / "none" / "plan.png")]) == 2
+    told = capsys.readouterr().err
+    assert "plan.png: cannot be written (No such file or directory)" in told and told.count("\n") == 1
 
 
 def test_plot_without_matplotlib(tmp_path, capsys, monkeypatch):

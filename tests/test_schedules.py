@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LinearLR, OneCycleLR
+from torch.optim.lr_scheduler import CyclicLR, LinearLR, OneCycleLR
 
 import shardopt
 
@@ -109,3 +109,50 @@ def test_a_state_dict_that_needs_other_slots_is_refused_before_anything_changes(
     with pytest.raises(ValueError, match="momentum"):
         opt.load_state_dict(torch.optim.SGD([p], momentum=0.0).state_dict())
     opt.step()
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.layer = nn.Embedding(40, 32), nn.Linear(32, 48)
+
+
+CYCLES = {
+    "one": lambda opt: OneCycleLR(opt, 1e-2, total_steps=20),
+    "triangle": lambda opt: CyclicLR(opt, 1e-3, 1e-2, step_size_up=3, base_momentum=0.7, max_momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("cycle", CYCLES)
+@pytest.mark.parametrize("name", ["muon", "adamw", "adafactor"])
+@pytest.mark.filterwarnings("error:.*saved with")
+def test_a_momentum_cycles_in_every_group_of_a_routed_model(name, cycle, tmp_path):
+    """Muon's momentum and AdamW's betas[0], bit by bit what two optimizers with two schedulers do, over a resume too.
+
+    Kills: torch's refusal, a KeyError of betas in a group that has none, a momentum that AdamW never reads.
+    """
+    model, other = Small(), Small()
+    options = {"lr": 1e-3, "fused": False, **({"beta1": 0.5} if name == "adafactor" else {})}
+    opt = shardopt.build_optimizer(model, name, **options)
+    schedule = CYCLES[cycle](opt)
+    alone = shardopt.AdamW(other.embed.parameters(), state="fp32", weight_decay=0.0, fused=False)
+    its = CYCLES[cycle](alone)
+    for step in range(8):
+        if step == 4:
+            shardopt.save_checkpoint(tmp_path, model, opt, step=4)
+            kept, model = schedule.state_dict(), Small()
+            opt = shardopt.build_optimizer(model, name, **options)
+            schedule = CYCLES[cycle](opt)
+            shardopt.load_checkpoint(tmp_path, model, opt)
+            schedule.load_state_dict(kept)
+        for m, o, s in ((model, opt, schedule), (other, alone, its)):
+            train(m, o, s, step, step + 1)
+        beta = alone.param_groups[0]["betas"][0]
+        opt.settle()
+        groups = {group["role"]: group for group in opt.param_groups}
+        its_own = {"muon": "momentum", "adafactor": "beta1"}.get(name)
+        assert torch.equal(model.embed.weight, other.embed.weight)
+        assert groups["embedding"]["betas"][0] == groups["vector"]["betas"][0] == beta
+        assert its_own is None or groups["matrix"][its_own] == beta
+        assert "momentum" not in groups["vector"]

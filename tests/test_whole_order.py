@@ -1,16 +1,18 @@
 """How buckets of whole matrices follow one another: what is on its way while which one is worked on, and how much."""
 
 import math
+import warnings
 from functools import partial
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from shardopt import Recipe, ShardedOptimizer
-from shardopt.dtensor import schedule
+from shardopt.dtensor import answer, schedule
 from shardopt.dtensor.plan import plan
 from tests.threaded import run_threaded
 from tests.virtual import Axis, bits
@@ -143,3 +145,35 @@ def test_what_sends_nothing_is_in_small_buckets_too(monkeypatch, ranks):
         for bucket in parts:
             size = sum(math.prod(shapes[i]) for i in bucket) // (ranks or 1)
             assert len(bucket) == 1 or size <= 2000 or set(bucket) == moving
+
+
+def test_sets_of_gradients_that_take_turns_are_planned_once(monkeypatch):
+    """As many as there is room for; what is used in every other step stays, and one warning says that there is none.
+
+    Kills: the oldest plan given up though it is used; a plan in every step; no bound; a warning in every step.
+    """
+    ps = [torch.nn.Parameter(torch.zeros(8, 16)) for _ in range(6)]
+    optimizer = ShardedOptimizer(ps, Recipe(Asker(work=Logged())))
+    planned = []
+    optimizer.answers.planner = lambda *args, **options: planned.append(1) or plan(*args, **options)
+
+    def step(*chosen):
+        for i, p in enumerate(ps):
+            p.grad = torch.ones(8, 16) if i in chosen else None
+        planned.clear()
+        optimizer.step()
+        return len(planned)
+
+    LOG.append(Log())
+    monkeypatch.setattr(answer, "KEPT", 8)  # two parameters each: four sets
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [step(0, i) for i in (1, 2, 3, 4)] == [1] * 4
+        assert [step(0, i) for i in (1, 2, 3, 4) * 2] == [0] * 8
+    with pytest.warns(UserWarning, match="5 different sets.*zero_grad"):
+        assert step(0, 5) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [step(0, i) for i in (2, 1, 2, 3, 2, 4)] == [0, 1, 0, 1, 0, 1]
+        monkeypatch.setattr(answer, "KEPT", 5)
+        assert [step(*range(6)), step(*range(6))] == [1, 0]  # one that is larger than all the room

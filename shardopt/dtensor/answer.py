@@ -4,6 +4,7 @@ A parameter sharded over two mesh axes is reduced over the first, then over the 
 as what needs that axis, no group has to be made, and all ranks hold the same bits. Whole matrices: `whole.py`.
 """
 
+import warnings
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -12,14 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardopt.asks import EVERYWHERE, Ask, Max, Mean, Sum, Total, Whole
+from shardopt.asks import Ask, Max, Mean, Total, Whole
 from shardopt.dtensor.gram import Gram, Local
 from shardopt.dtensor.layout import Layout
+from shardopt.dtensor.messages import dims_over, messages_of
+from shardopt.dtensor.plan import Plan
 from shardopt.dtensor.plan import plan as plan_matrices
-from shardopt.dtensor.schedule import Planner, Schedule, Wanted, schedule
+from shardopt.dtensor.row_blocks import block_sums, told_to_rows
+from shardopt.dtensor.schedule import Planner, Schedule, Wanted, foreseen, schedule
+from shardopt.dtensor.standing import Standing
 from shardopt.dtensor.whole import Passage
 
-KEPT = 16  # schedules: as many sets of parameters can take turns in having gradients
+KEPT = 1 << 16  # parameters in all schedules that are kept, 1.4 kB each: sets of them take turns in having gradients
 
 
 class Answers:
@@ -34,23 +39,50 @@ class Answers:
         self.planner = planner
         self.schedules: dict[Any, Schedule] = {}
         self.scheduled = Schedule((), {})
+        self.forgets = False  # whether a schedule was given up, which is told once
 
     def announce(self, wanted: Sequence[tuple[Layout, Wanted]]) -> tuple[tuple[int, ...], ...]:
         """Plan for all that will ask `Whole` in this step; returns the buckets in which they must ask, as positions.
 
-        What was planned once is not planned, or compared between ranks, again.
+        What was planned is not planned, or compared between ranks, again, unless it was given up as the one that had
+        not been used for longest.
         """
         key = tuple((id(layout), work, wire, mode) for layout, (work, wire, mode) in wanted)
-        if key not in self.schedules:
-            if len(self.schedules) == KEPT:
-                del self.schedules[next(iter(self.schedules))]
-            self.schedules[key] = schedule(wanted, self.planner, self)
-        self.scheduled = self.schedules[key]
+        known = self.schedules.pop(key, None)
+        self.schedules[key] = self.scheduled = known or schedule(wanted, self.planner, self)
+        while known is None and len(self.schedules) > 1 and sum(len(s.tasks) for s in self.schedules.values()) > KEPT:
+            self.forget()
         return self.scheduled.buckets
+
+    def forget(self) -> None:
+        """Give up the schedule that has not been used for longest."""
+        if not self.forgets and not (dist.is_initialized() and dist.get_rank()):
+            warnings.warn(
+                f"{len(self.schedules)} different sets of matrices have had gradients so far; plans of no more are "
+                "kept, so that a set which returns may be planned, and compared between ranks, once more. Where few "
+                "sets would do: keep zeros as the gradients of what was not used (zero_grad(set_to_none=False))",
+                stacklevel=2,
+            )
+        self.forgets = True
+        del self.schedules[next(iter(self.schedules))]
+
+    def foreseen(self, wanted: Sequence[tuple[Layout, Wanted]]) -> list[Plan]:
+        """What `announce` will plan, for people: nothing is compared between ranks or kept."""
+        return foreseen(wanted, self.planner)
 
     def start(self, asked: Sequence[tuple[Layout, Ask]]) -> "Round":
         """Begin to answer; every rank must ask the same in the same order. `finish()` gives the answers, in order."""
         return Round(self, asked)
+
+    def standing(self, asked: Sequence[tuple[Layout, Ask]], flats: Sequence[Tensor]) -> Standing:
+        """A round that will be asked again and again: see `Standing`."""
+        return Standing(self, asked, flats)
+
+    def send(self, mesh: Any, axis: int, op: Any, flat: Tensor) -> Any:
+        """All-reduce over one mesh axis, counted; what one waits on."""
+        self.collectives += 1
+        self.bytes += flat.numel() * flat.element_size()
+        return dist.all_reduce(flat, op=op, group=mesh.get_group(axis), async_op=True)
 
 
 class Round:
@@ -63,8 +95,8 @@ class Round:
         self.whole = [i for i, (_, ask) in enumerate(settled) if isinstance(ask, Whole)]
         self.rest = [i for i, (_, ask) in enumerate(settled) if not isinstance(ask, Whole)]
         self.asked = [settled[i] for i in self.rest]
-        self.values = [local_value(ask) for _, ask in self.asked]
-        self.steps = plan(self.asked)
+        self.values = [local_value(*asked) for asked in self.asked]
+        self.steps = messages_of(self.asked)
         self.pending: Any = None
         if self.steps:
             self.issue()
@@ -79,10 +111,7 @@ class Round:
         mesh, axis, op, members = self.steps[0]
         # the group speaks on the mesh's device, also for parameters that are offloaded from it
         flat = torch.cat([self.values[i].reshape(-1).to(mesh.device_type) for i in members])
-        work = dist.all_reduce(flat, op=op, group=mesh.get_group(axis), async_op=True)
-        self.counter.collectives += 1
-        self.counter.bytes += flat.numel() * flat.element_size()
-        self.pending = (work, flat, members)
+        self.pending = (self.counter.send(mesh, axis, op, flat), flat, members)
 
     def advance(self) -> bool:
         """Work that must be done before the last message can travel; whether another message is now on its way."""
@@ -118,47 +147,7 @@ def settle(counter: Answers, layout: Layout, ask: Any) -> Any:
     return Gram(ask.x, ask.work, task.cut) if task.mode == "gram" else ask
 
 
-def plan(asked: Sequence[tuple[Layout, Ask]]) -> list[tuple[Any, int, Any, list[int]]]:
-    """(mesh, axis, op, members) of every message of a round: meshes as they first appear, axes ascending."""
-    messages: dict[tuple[Any, int, str], list[int]] = {}
-    meshes: list[Any] = []
-    for i, (layout, ask) in enumerate(asked):
-        if layout.mesh is None:
-            continue
-        if layout.mesh not in meshes:
-            meshes.append(layout.mesh)
-        for axis in axes_of(layout, ask):
-            kind = "max" if isinstance(ask, Max) else "gram" if isinstance(ask, Gram) else "sum"
-            messages.setdefault((layout.mesh, axis, kind), []).append(i)
-    ops = {"sum": dist.ReduceOp.SUM, "gram": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
-    order = sorted(messages, key=lambda m: (meshes.index(m[0]), m[1], m[2]))
-    return [(mesh, axis, ops[kind], messages[mesh, axis, kind]) for mesh, axis, kind in order]
-
-
-def axes_of(layout: Layout, ask: Ask) -> tuple[int, ...]:
-    """The mesh axes over which this ask is reduced."""
-    if isinstance(ask, Local):
-        return ()
-    if isinstance(ask, Total):
-        return layout.sharding
-    if ask.over == EVERYWHERE:
-        return tuple(axis for axis in range(layout.mesh.ndim) if layout.mesh.size(axis) > 1)
-    return tuple(sorted({axis for dim in dims_over(layout, ask) for axis in layout.axes[dim]}))
-
-
-def dims_over(layout: Layout, ask: Sum | Mean | Max) -> tuple[int, ...]:
-    """The view's dims along which this ask is reduced, as non-negative numbers."""
-    over: Any = ask.over
-    if over is None and not isinstance(ask, Max):
-        over = ask.dim
-    ndim = len(layout.geo.view)
-    if over is None:
-        return tuple(range(ndim))
-    dims = (over,) if isinstance(over, int) else over
-    return tuple(dim % ndim for dim in dims)
-
-
-def local_value(ask: Any) -> Tensor:
+def local_value(layout: Layout, ask: Any) -> Tensor:
     """The local share: sums in float64, products in float32, the rest as it comes."""
     if isinstance(ask, Gram):
         return ask.products()
@@ -166,6 +155,8 @@ def local_value(ask: Any) -> Tensor:
         return ordered(ask.x)
     if isinstance(ask, Total | Local):
         return ask.x
+    if isinstance(ask, Mean) and ask.blocks:
+        return block_sums(ask.x.sum(dim=-1, dtype=torch.float64), layout.geo.runs[-2], ask.blocks)
     if ask.dim is None:
         return ask.x.sum(dtype=torch.float64)
     if ask.dim == ():
@@ -179,7 +170,9 @@ def answer(layout: Layout, ask: Any, value: Tensor) -> Tensor:
         return ask.answer(value)
     if isinstance(ask, Local):
         return ask.answer()
-    if isinstance(ask, Mean):
+    if isinstance(ask, Mean) and ask.blocks:
+        value = told_to_rows(value, layout.geo.view[-1], layout.geo.runs[-2], ask.blocks)
+    elif isinstance(ask, Mean):
         value = value / max(1, prod(layout.geo.view[dim] for dim in dims_over(layout, ask)))
     if isinstance(ask, Max):
         return unordered(value)

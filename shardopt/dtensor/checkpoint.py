@@ -142,10 +142,11 @@ def load_checkpoint(
     """Load model and optimizer in place, on any mesh; returns what was saved as `extra`, with "step".
 
     path: a directory of steps, or one checkpoint of ours or of plain torch.distributed.checkpoint (of a torch.optim
-    optimizer too, nested or flattened). Another codec, add-on or rounding than the saved one is transcoded, in
-    buckets; another rule, or a switch such as nesterov, is a ValueError. Parameters that the checkpoint lacks or
-    alone has are listed in one warning; the state of the former starts fresh. Hyper-parameters of the groups are
-    restored; a weight decay that was coupled and here is decoupled, or the reverse, is a warning.
+    optimizer too, nested or flattened). Another codec than the saved one is transcoded, in buckets; another rule, or
+    a switch that gives stored state its meaning (`Rule.of_state`), is a ValueError; every other option (wire, mode,
+    nesterov, add-ons, rounding, the kind of decay) may change and is told in one warning. Parameters that the
+    checkpoint lacks or alone has are listed in one warning; the state of the former starts fresh. Hyper-parameters of
+    the groups are restored.
 
     step: "latest" takes the newest checkpoint whose files are intact and warns of every damaged one; None is returned
     where there is none. A number: that step or a ValueError, also where path is one checkpoint that has a manifest.

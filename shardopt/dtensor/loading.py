@@ -1,60 +1,48 @@
 """Loads a state dict without casting: everything is compared first, then copied into the storage that is there."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shardopt.dtensor.layout import local_of
+from shardopt.dtensor.match import adopted, check_meaning, check_numbers, differences, sentence
+from shardopt.recipe import Recipe
 from shardopt.state import KEY, STEP
 
-SWITCHES = ("nesterov", "centered", "bias_correction", "atan2")
+KEPT_OUT = ("params", "recipe", "state", "addons", "rounding", "update_from")  # compared, never adopted
 
 
-def load_groups(groups: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The saved groups' numbers, to be taken over; recipes are compared, never adopted."""
+def load_groups(
+    groups: Sequence[dict[str, Any]], recipes: Sequence[Recipe], saved: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The saved groups' numbers, to be taken over; recipes are compared, never adopted: other options are a warning."""
     if len(groups) != len(saved):
         raise ValueError(f"the state dict has {len(saved)} param groups, this optimizer {len(groups)}")
-    taken = []
-    for i, (group, other) in enumerate(zip(groups, saved)):
+    taken, told = [], []
+    for i, (group, recipe, other) in enumerate(zip(groups, recipes, saved)):
         if len(group["params"]) != len(other["params"]):
             raise ValueError(
                 f"param group {i} of the state dict has {len(other['params'])} parameters, here it has "
                 f"{len(group['params'])}"
             )
-        check_switches(i, group, other)
-        theirs = other.get("recipe", group["recipe"])
-        if theirs != group["recipe"]:
+        theirs = other.get("recipe")
+        check_meaning(f"param group {i}", recipe, other, theirs)
+        check_numbers(i, recipe, other)
+        if theirs is not None and theirs.split("/")[1] != recipe.key().split("/")[1]:
             raise ValueError(
-                f"param group {i} was saved with recipe {theirs}, this optimizer has {group['recipe']}. Build it with "
-                "the saved recipe, or use shardopt.load_checkpoint, which transcodes the state"
+                f"param group {i} was saved with recipe {theirs}, this optimizer has {recipe.key()}. Build it with "
+                "the saved codecs, or use shardopt.load_checkpoint, which transcodes the state"
             )
-        skipped = ("params", "recipe", "state", "addons", "rounding", "update_from")
-        taken.append({name: value for name, value in other.items() if name not in skipped})
+        told += differences(i, recipe, other)
+        taken.append({name: x for name, x in other.items() if name not in KEPT_OUT and adopted(recipe, name)})
+    if told and not (dist.is_initialized() and dist.get_rank()):
+        warnings.warn(sentence(told), stacklevel=3)
     return taken
-
-
-def check_switches(number: int, group: dict[str, Any], saved: dict[str, Any]) -> None:
-    """What torch's groups say about the maths must be what this group does."""
-    here = {name: group[name] for name in SWITCHES if name in group}
-    here["amsgrad"] = False
-    if saved.get("weight_decay"):
-        here["decoupled_weight_decay"] = "l2" not in str(group["recipe"]).split("/")[2].split(",")
-    if "adjust_lr_fn" in saved and "adjust_lr" in group:  # torch.optim.Muon's
-        theirs = saved["adjust_lr_fn"] or "original"
-        if theirs != group["adjust_lr"]:
-            raise ValueError(
-                f"param group {number} was saved with adjust_lr_fn={theirs!r}, here adjust_lr is "
-                f"{group['adjust_lr']!r}: the same lr means another step. Build the optimizer with the saved option"
-            )
-    for name, value in here.items():
-        if name in saved and bool(saved[name]) != bool(value):
-            raise ValueError(
-                f"param group {number} was saved with {name}={saved[name]}, here it is {value}. Build the optimizer "
-                "with the saved option"
-            )
 
 
 def load_states(

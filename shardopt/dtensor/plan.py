@@ -14,9 +14,11 @@ from shardopt.dtensor.cost import GIVEN, GRAM_BYTES, Costs, gram_flops, pipeline
 from shardopt.dtensor.member import Member
 from shardopt.dtensor.owners import Unit, assign, shortest
 from shardopt.dtensor.tally import Tally
+from shardopt.spelling import counted, in_bytes
 
 MODES = ("full", "gram", "local", "auto")
-BUCKET_BYTES = 1 << 29  # 16 buckets for 8B parameters on 8 ranks
+MOST_BYTES, LEAST_BYTES = 512_000_000, 32_000_000  # of a bucket, unless told: memory; what latencies would not eat up
+FEWEST = 4  # buckets of what is more than so many times LEAST_BYTES, so that exchange and work overlap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,14 +84,16 @@ class Plan:
 
     def summary(self) -> str:
         """The plan as a whole, in a few lines."""
-        total = self.total
+        total, largest = self.total, max((tally.buffers for tally in self.tallies), default=0)
         replicas = f" x {self.replicas} replicas" if self.replicas > 1 else ""
         return "\n".join(
             (
-                f"{self.shards} shards{replicas}: {len(self.members)} members, {total.matrices:,} matrices, "
-                f"{total.elements:,} elements in {len(self.buckets)} buckets",
-                f"FLOPs a rank: {total.mean:.4g}, the busiest {total.balance:.3f} of it, none below {self.least:.3f}",
-                f"bytes sent a rank: {total.sent:,.0f}; buffers of three buckets: {self.buffers:,} bytes",
+                f"{counted(total.matrices, 'matrix', 'matrices')} of {counted(len(self.members), 'parameter')}, "
+                f"{total.elements:,} elements, on {counted(self.shards, 'shard')}{replicas}",
+                f"{total.mean:.4g} FLOP a rank on average; the busiest rank has {total.balance:.3f} times that, no "
+                f"assignment could bring it below {self.least:.3f}",
+                f"{in_bytes(total.sent)} sent a rank; {counted(len(self.buckets), 'bucket')}, at most "
+                f"{in_bytes(largest)} of encoded matrices on a rank, {in_bytes(self.buffers)} with three under way",
                 *([f"replicas: {self.sharing}"] if self.sharing else []),
                 f"digest {self.digest()}",
             )
@@ -101,8 +105,8 @@ class Plan:
         lines = [self.summary()]
         for k, (bucket, tally) in enumerate(zip(self.buckets, self.tallies)):
             lines.append(
-                f"bucket {k}: {tally.matrices} matrices, {tally.elements:,} elements, busiest {tally.balance:.3f} of "
-                f"the mean, buffers {tally.buffers:,} bytes"
+                f"bucket {k}: {counted(tally.matrices, 'matrix', 'matrices')}, {tally.elements:,} elements, "
+                f"{in_bytes(tally.buffers)} on a rank; the busiest rank has {tally.balance:.3f} times the mean FLOP"
             )
             for i in bucket:
                 why = f"  ({self.why[i]})" if self.why[i] else ""
@@ -128,14 +132,15 @@ def plan(
     *,
     modes: Sequence[str] | str = "full",
     share: bool | None = None,
-    bucket_bytes: int = BUCKET_BYTES,
+    bucket_bytes: int | None = None,
     costs: Costs = GIVEN,
 ) -> Plan:
     """Plan for `shards` ranks that share the elements and `replicas` copies of them.
 
     modes: one for all or one a member; "auto" chooses between full and gram by the cost model. share: whether replicas
     divide the work and tell each other the results; None lets the cost model decide. bucket_bytes: bound of a
-    bucket's messages on a rank, but room for one matrix a rank. ValueError where members, modes or sizes do not fit.
+    bucket's messages on a rank, but room for one matrix a rank; None: see `usual`. ValueError where members, modes or
+    sizes do not fit.
     """
     members = tuple(members)
     asked = (modes,) * len(members) if isinstance(modes, str) else tuple(modes)
@@ -157,7 +162,7 @@ def build(
     shards: int,
     replicas: int,
     shared: bool,
-    bucket_bytes: int,
+    bucket_bytes: int | None,
     costs: Costs,
 ) -> Plan:
     copies = replicas if shared else 1
@@ -172,22 +177,33 @@ def build(
     for unit, position in zip(units, positions):
         for i, matrix in unit.matrices:
             owners[i][matrix] = position
-    buckets = cut(
-        by_start(sequence, positions),
-        lambda: Tally(shards, replicas, shared),
-        lambda tally, i: tally.add(members[i], modes[i], owners[i]),
-        max(bucket_bytes, one_round(members, modes, copies)),
-    )
-    return Plan(
+    whole = Plan(
         shards=shards,
         replicas=replicas,
         shared=shared,
         owners=tuple(map(tuple, owners)),
-        buckets=tuple(in_order(bucket) for bucket in buckets),
+        buckets=(),
         modes=modes,
         members=members,
         why=tuple(why for _, why in chosen),
     )
+    buckets = cut(
+        by_start(sequence, positions),
+        lambda: Tally(shards, replicas, shared),
+        lambda tally, i: tally.add(members[i], modes[i], owners[i]),
+        max(bucket_bytes or usual(whole.total), one_round(members, modes, copies)),
+    )
+    return replace(whole, buckets=tuple(in_order(bucket) for bucket in buckets))
+
+
+def usual(whole: Tally) -> int:
+    """Bytes of a bucket where nothing was said: a quarter of everything, unless there is nothing to overlap."""
+    return sized(whole.buffers) if whole.sent else MOST_BYTES
+
+
+def sized(everything: int) -> int:
+    """Bytes of a bucket, from those of all matrices on the fullest rank."""
+    return min(MOST_BYTES, max(LEAST_BYTES, everything // FEWEST))
 
 
 def in_order(bucket: Sequence[Block]) -> tuple[int, ...]:
@@ -218,10 +234,12 @@ def choose(member: Member, shards: int, copies: int, costs: Costs) -> tuple[str,
     return ("gram" if gram < full else "full"), words
 
 
-def check(members: Sequence[Member], modes: Sequence[str], shards: int, replicas: int, bucket_bytes: int) -> None:
+def check(
+    members: Sequence[Member], modes: Sequence[str], shards: int, replicas: int, bucket_bytes: int | None
+) -> None:
     """ValueError where the arguments do not fit together."""
     for name, value in (("shards", shards), ("replicas", replicas), ("bucket_bytes", bucket_bytes)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"plan({name}={value}): must be at least 1")
     if len(modes) != len(members):
         raise ValueError(

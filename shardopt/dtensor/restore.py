@@ -14,6 +14,7 @@ from shardopt.codecs import Codec, view_shape
 from shardopt.dtensor import lazy, transcode
 from shardopt.dtensor.channel import Channel
 from shardopt.dtensor.layout import Layout, local_of
+from shardopt.dtensor.match import check_meaning, sentence
 from shardopt.dtensor.record import optimizer_state
 from shardopt.dtensor.saved_groups import SavedGroups
 from shardopt.dtensor.stored import Stored, put
@@ -28,7 +29,7 @@ class Plan:
 
     fresh: (state, slots, layout, device) to start anew. counts: step counts and what they are set to. made: frozen
     parameters whose state was made for this load. In words: missing, what the checkpoint does not have; surplus, what
-    it alone has; cast, model entries of another dtype; decays, weight decay of another kind.
+    it alone has; cast, model entries of another dtype; others, options that are not the saved ones.
     """
 
     reads: dict[str, Any] = field(default_factory=dict)
@@ -39,7 +40,7 @@ class Plan:
     made: list[Tensor] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     surplus: list[str] = field(default_factory=list)
-    decays: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
     cast: list[str] = field(default_factory=list)
 
 
@@ -94,9 +95,9 @@ class OptimizerPlanner:
         others = set(self.have) - known - set(self.plan.surplus)
         self.plan.surplus += [f"{name} (its optimizer state)" for name in sorted(others) if self.have[name]]
         recipes = getattr(self.opt, "recipes", [None] * len(names))
-        for number, (recipe, group, group_names) in enumerate(zip(recipes, self.opt.param_groups, names)):
+        for number, (recipe, group_names) in enumerate(zip(recipes, names)):
             if recipe is not None:
-                self.plan.decays += self.groups.check(number, group, recipe, group_names)
+                self.plan.others += self.groups.differences(number, recipe, group_names)
         if hasattr(self.opt, "make_states"):
             pairs = [both for i, g in enumerate(self.opt.param_groups) for both in zip(names[i], g["params"])]
             self.plan.made += [p for name, p in pairs if self.have[name] and p not in self.opt.state]
@@ -186,13 +187,8 @@ class OptimizerPlanner:
     def check_rule(self, name: str, recipe: Recipe, have: set[str], slots: set[str]) -> None:
         """ValueError where the checkpoint's state is another rule's: by its recipe, else by its slots."""
         theirs = self.groups.recipe_of(name)
+        check_meaning(f"{self.stored.folder}: {name}", recipe, self.groups.by_name.get(name, {}), theirs)
         if theirs is not None:
-            if theirs.split("/")[0] != recipe.rule.key():
-                raise ValueError(
-                    f"{name} was saved in {self.stored.folder} with recipe {theirs}, this optimizer has "
-                    f"{recipe.key()}: another rule's state has another meaning. Build the optimizer with the saved "
-                    "rule, or load the model alone"
-                )
             return
         strange = sorted(s for s in have - {STEP, KEY} if not any(s == x or s.startswith(x + ".") for x in slots))
         if strange:
@@ -235,8 +231,9 @@ def restore(stored: Stored, model: torch.nn.Module, opt: Any, ranks: Channel, ke
     values = carry_out(plan, stored, ranks, getattr(opt, "answers", None))
     prefix = f"{keys[0]}." if keys[0] else ""
     set_model_state_dict(model, {name: values.get(prefix + name, value) for name, value in model_state.items()})
-    for group, group_names in zip(opt.param_groups, names):
-        groups.restore(group, group_names)
+    recipes = getattr(opt, "recipes", [None] * len(names))
+    for group, group_names, recipe in zip(opt.param_groups, names, recipes):
+        groups.restore(group, group_names, recipe)
     if hasattr(opt, "resumed"):
         opt.resumed(p for group in opt.param_groups for p in group["params"])
     return max((int(state[STEP]) for state in opt.state.values() if STEP in state), default=0)
@@ -248,7 +245,7 @@ def report(plan: Plan, folder: Path) -> None:
         told.append(f"holds {', '.join(plan.surplus)}, which this model or optimizer has not: ignored")
     if told:
         warnings.warn(f"{folder} {'; it '.join(told)}", stacklevel=2)
-    if plan.decays:
-        warnings.warn(f"{folder}: {'; '.join(plan.decays)}", stacklevel=2)
+    if plan.others:
+        warnings.warn(f"{folder}: {sentence(plan.others)}", stacklevel=2)
     if plan.cast:
         warnings.warn(f"{folder} has other dtypes, which were converted: {', '.join(plan.cast)}", stacklevel=2)

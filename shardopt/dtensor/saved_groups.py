@@ -2,19 +2,18 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shardopt.dtensor.channel import Channel
-from shardopt.dtensor.loading import SWITCHES, check_switches
+from shardopt.dtensor.loading import KEPT_OUT
+from shardopt.dtensor.match import adopted, check_numbers, differences
 from shardopt.dtensor.stored import Stored
 from shardopt.recipe import Recipe
 
-# what is compared, never adopted, and switches of torch's own implementations
-KEPT_OUT = ("params", "param_names", "recipe", "state", "addons", "rounding", "update_from")
+# switches of torch's own implementations
 TORCHS_OWN = ("amsgrad", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay", "nesterov")
 
 
@@ -52,33 +51,18 @@ class SavedGroups:
         """The group of the first of these parameters that was saved."""
         return next((self.by_name[name] for name in names if name in self.by_name), {})
 
-    def check(self, number: int, group: dict[str, Any], recipe: Recipe, names: Iterable[str]) -> list[str]:
-        """ValueError where a saved switch or number is not for this recipe; weight decay of another kind in words."""
-        saved = self.saved(names)
-        told = {key: saved[key] for key in (*SWITCHES, "amsgrad", "adjust_lr_fn") if key in saved}
-        check_switches(number, group, told)
-        numbers = {name: saved[name] for name in recipe.rule.numbers if name in saved and name != "lr"}
-        if replace(recipe.rule, **numbers).slots() != recipe.rule.slots():
-            raise ValueError(
-                f"param group {number} was saved with {numbers}, with which {recipe.rule.name} has other slots than "
-                "this optimizer's. Build the optimizer with the saved numbers"
-            )
-        kinds = [addon.name for addon in recipe.addons if addon.name in ("l2", "decay", "cautious_decay")]
-        was = saved.get("decoupled_weight_decay")
-        if was is None and "recipe" not in saved and "momentum" in saved and "ns_steps" not in saved:
-            was = False  # torch's SGD and RMSprop
-        if was is None or not kinds or not float(saved.get("weight_decay") or 0) or was == (kinds[0] != "l2"):
-            return []
-        words = ("coupled (l2)", "decoupled")
-        return [
-            f"param group {number} was saved with weight_decay {float(saved['weight_decay']):g}, {words[bool(was)]}, "
-            f"here it is {words[not was]}: the same number means another decay"
-        ]
+    def differences(self, number: int, recipe: Recipe, names: Iterable[str]) -> list[str]:
+        """What these parameters' groups were saved with and here have not, in words; ValueError for unfit numbers."""
+        check_numbers(number, recipe, self.saved(names))
+        groups = {id(group): group for name in names if (group := self.by_name.get(name)) is not None}
+        return list(dict.fromkeys(text for group in groups.values() for text in differences(number, recipe, group)))
 
-    def restore(self, group: dict[str, Any], names: Iterable[str]) -> None:
+    def restore(self, group: dict[str, Any], names: Iterable[str], recipe: Recipe | None) -> None:
         """Take over the numbers of the first parameter that was saved; tensors keep their storage."""
         for key, value in self.saved(names).items():
-            if key in KEPT_OUT or (key in TORCHS_OWN and key not in group):
+            if key in (*KEPT_OUT, "param_names") or not adopted(recipe, key):
+                continue
+            if key in TORCHS_OWN and key not in group:
                 continue
             present = group.get(key)
             if isinstance(present, Tensor):

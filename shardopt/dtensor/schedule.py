@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
+from math import prod
 from typing import Any
 
 import torch
@@ -50,17 +51,30 @@ def schedule(announced: Sequence[tuple[Layout, Wanted]], planner: Planner, count
     One plan for those of one mesh that are sharded over the same axes. counter: gets the `collectives`. ValueError
     where ranks found different plans.
     """
-    places: dict[Any, list[int]] = {}
-    for i, (layout, _) in enumerate(announced):
-        places.setdefault((layout.mesh, layout.sharding), []).append(i)
     buckets: list[tuple[int, ...]] = []
     tasks: dict[int, Task] = {}
-    for (mesh, sharding), here in places.items():
+    for (mesh, sharding), here in places_of(announced).items():
         found = planned([announced[i] for i in here], mesh, sharding, planner, counter)
         for bucket in found[0].plan.buckets:
             buckets.extend(tuple(here[task.member] for task in part) for part in split([found[m] for m in bucket]))
         tasks.update((id(task.layout), task) for task in found)
     return Schedule(tuple(buckets), tasks)
+
+
+def foreseen(announced: Sequence[tuple[Layout, Wanted]], planner: Planner) -> list[Plan]:
+    """The plans that `schedule` will make, without a word between ranks."""
+    return [
+        plan_here([announced[i] for i in here], mesh, sharding, planner)
+        for (mesh, sharding), here in places_of(announced).items()
+    ]
+
+
+def places_of(announced: Sequence[tuple[Layout, Wanted]]) -> dict[Any, list[int]]:
+    """(mesh, sharding axes) -> positions: those that are planned together."""
+    places: dict[Any, list[int]] = {}
+    for i, (layout, _) in enumerate(announced):
+        places.setdefault((layout.mesh, layout.sharding), []).append(i)
+    return places
 
 
 def split(bucket: list[Task]) -> Iterator[list[Task]]:
@@ -92,16 +106,24 @@ def planned(
     """The tasks of the parameters of one mesh."""
     team = ALONE if mesh is None else team_of(mesh, sharding)
     replicas = ALONE if mesh is None else team_of(mesh, replica_axes(mesh, sharding))
-    formats = [formats_of(layout, wire) for layout, (_, wire, _) in announced]
-    members = [member_of(layout, work, *both) for (layout, (work, *_)), both in zip(announced, formats)]
-    modes = [mode_asked(work, member, mode) for (_, (work, _, mode)), member in zip(announced, members)]
-    found = planner(members, team.size, replicas.size, modes=modes)
+    found = plan_here(announced, mesh, sharding, planner)
     if mesh is not None:
         compare(found, [(work.key(), *wire) for _, (work, wire, _) in announced], mesh, counter)
     return [
-        Task(layout, work, *both, holdings(layout), team, replicas, found, i)
-        for i, ((layout, (work, *_)), both) in enumerate(zip(announced, formats))
+        Task(layout, work, *formats_of(layout, wire), holdings(layout), team, replicas, found, i)
+        for i, (layout, (work, wire, _)) in enumerate(announced)
     ]
+
+
+def plan_here(
+    announced: Sequence[tuple[Layout, Wanted]], mesh: Any, sharding: tuple[int, ...], planner: Planner
+) -> Plan:
+    """The plan for the parameters of one mesh, from global facts."""
+    members = [member_of(layout, work, *formats_of(layout, wire)) for layout, (work, wire, _) in announced]
+    modes = [mode_asked(work, member, mode) for member, (_, (work, _, mode)) in zip(members, announced)]
+    over = () if mesh is None else (sharding, replica_axes(mesh, sharding))
+    shards, replicas = (prod(mesh.size(axis) for axis in axes) for axes in over) if over else (1, 1)
+    return planner(members, shards, replicas, modes=modes)
 
 
 def compare(found: Plan, works: Sequence[Any], mesh: Any, counter: Any) -> None:

@@ -58,5 +58,9 @@ def draw(path: Path, model: str, shapes: Shapes, replicas: int, wire: str, optio
     axes.grid(True, which="major", linewidth=0.4, alpha=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(title="* another algorithm", frameon=False, fontsize=9, title_fontsize=8, alignment="left")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise ValueError(f"--plot {path}: cannot be written ({error.strerror})") from error
+    finally:
+        plt.close(figure)

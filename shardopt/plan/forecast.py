@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from shardopt.dtensor.cost import GIVEN, Costs, pipelined
 from shardopt.dtensor.member import Member
-from shardopt.dtensor.plan import BUCKET_BYTES, Plan, plan
+from shardopt.dtensor.plan import Plan, plan, sized
 
 WAYS = ("all-gather", "full", "gram", "auto", "periodic", "local")
 
@@ -39,7 +39,7 @@ class Options:
     """What the plans share. period: of "periodic", which is whole in one step of `period`, local in the others."""
 
     share: bool | None = None
-    bucket_bytes: int = BUCKET_BYTES
+    bucket_bytes: int | None = None
     period: int = 5
     costs: Costs = GIVEN
 
@@ -90,7 +90,7 @@ def gathered(members: Sequence[Member], mesh: Mesh, options: Options) -> Forecas
     volume = sum(member.bytes_there * member.count for member in cut)
     flops = sum(member.flops * member.count for member in cut) + sum(held)
     elements = sum(member.elements * member.count for member in cut)
-    buckets = max(1, math.ceil(volume / options.bucket_bytes))
+    buckets = max(1, math.ceil(volume / (options.bucket_bytes or sized(volume))))
     costs = options.costs
     stage = (
         costs.all_gather(volume / buckets, mesh.shards),

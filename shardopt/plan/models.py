@@ -60,11 +60,16 @@ def shapes_of(model: str) -> Shapes:
     if not path.is_file():
         raise ValueError(f"--model {model}: neither a file nor one of {', '.join(MODELS)}")
     try:
-        shapes = {name: tuple(map(int, shape)) for name, shape in json.loads(path.read_text()).items()}
-    except (ValueError, TypeError, AttributeError) as error:
+        shapes = {name: tuple(shape) for name, shape in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"--model {model}: not a JSON object of name to shape ({error})") from error
-    if vectors := [name for name, shape in shapes.items() if len(shape) < 2]:
-        raise ValueError(f"--model {model}: {vectors[0]} is no matrix; leave out what Muon does not step")
+    if not shapes:
+        raise ValueError(f"--model {model}: holds no shapes; give at least one matrix, as {{name: [rows, cols]}}")
+    for name, shape in shapes.items():
+        if any(type(n) is not int or n < 1 for n in shape):
+            raise ValueError(f"--model {model}: {name} has shape {list(shape)}; sizes are integers of at least 1")
+        if len(shape) < 2:
+            raise ValueError(f"--model {model}: {name} is no matrix; leave out what Muon does not step")
     return shapes
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from shardopt.dtensor.plan import Plan
 from shardopt.plan.forecast import Forecast, Mesh, Options
+from shardopt.spelling import counted, in_bytes
 
 NOTES = {
     "all-gather": "every rank orthogonalizes everything",
@@ -18,29 +19,25 @@ NOTES = {
 def table(title: str, made: Plan, rows: Sequence[Forecast], options: Options) -> str:
     """Title, the plan in a few lines, one line a way, and the costs that were assumed."""
     lines = [title, "", made.summary(), ""]
-    lines.append(f"{'way':11}{'sent a rank':>13}{'FLOPs a rank':>14}{'busiest':>9}{'buffers':>10}{'a step':>12}")
+    lines.append(f"{'way':11}{'sent a rank':>13}{'FLOP a rank':>13}{'busiest/mean':>14}{'buffers':>10}{'a step':>12}")
     for row in rows:
         note = NOTES[row.way].format(period=options.period) + (", shared by replicas" if row.shared else "")
         lines.append(
-            f"{row.way:11}{size(row.sent):>13}{row.flops:>14.3g}{row.balance:>9.3f}{size(row.buffers):>10}"
+            f"{row.way:11}{in_bytes(row.sent):>13}{row.flops:>13.3g}{row.balance:>14.3f}{in_bytes(row.buffers):>10}"
             f"{duration(row.seconds):>12}  {note}"
         )
+    lines += [
+        "",
+        "sent, FLOP: means of all ranks; buffers: of three buckets; a step: exchange and orthogonalization alone",
+    ]
     return "\n".join([*lines, "", "predicted with, per rank:", options.costs.describe()])
 
 
 def heading(model: str, mesh: Mesh, wire: str) -> str:
-    kind = f"{mesh.replicas} replicas x {mesh.shards} shards" if mesh.replicas > 1 else f"{mesh.shards} shards"
+    replicas = f"{mesh.replicas} replicas x " if mesh.replicas > 1 else ""
+    kind = f"{replicas}{counted(mesh.shards, 'shard')}"
     return f"{model} on {kind}, wire {wire}"
 
 
 def duration(seconds: float) -> str:
     return f"{seconds * 1e3:.3f} ms" if seconds < 1 else f"{seconds:.3f} s"
-
-
-def size(number: float) -> str:
-    """Bytes, to three digits."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"

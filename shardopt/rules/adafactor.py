@@ -52,6 +52,7 @@ class Adafactor(Rule):
     name: ClassVar[str] = "adafactor"
     asks: ClassVar[bool] = True
     numbers: ClassVar[tuple[str, ...]] = ("lr", "beta2_decay", "beta2", "beta1", "eps", "d")
+    of_state: ClassVar[tuple[str, ...]] = ("momentum",)  # exp_avg is of updates or of gradients
     lr: Any = 1e-2
     beta2_decay: float = -0.8
     beta2: float | None = None

@@ -10,7 +10,7 @@ from shardopt.asks import Asking, Mean, Slot, Sum
 from shardopt.ieee import sqrt
 from shardopt.rules.base import Hyper, check
 from shardopt.rules.math import clip_rms
-from shardopt.rules.muon import Muon, rescaled
+from shardopt.rules.muon import Muon, blocks, rescaled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,7 @@ class NorMuon(Muon):
     w      = o / (sqrt(row_sq) + eps)
     p     -= lr adjust w ||o|| / ||w|| + lr weight_decay p
 
+    Norms are of a matrix of a stack, or of a block of `split`, as if it were a parameter of its own.
     adjust_lr="rms_rescale" replaces the norm of o by 0.2 sqrt(rows cols). Slots: momentum_buffer (signed), row_sq.
     Asks one Whole, the rows' means, and the two norms together. Statistics are taken of the shards after o came back.
     """
@@ -39,14 +40,22 @@ class NorMuon(Muon):
     def slots(self) -> tuple[Slot, ...]:
         return (*super().slots(), Slot("row_sq", signed=False, rows=True))
 
+    def restoring(self, o: Tensor, w: Tensor, rows: int) -> Asking:
+        """||o|| / ||w|| of every matrix, of every block of `split`, to be multiplied with w."""
+        if self.split is None:
+            before, after = yield Sum(o * o, dim=(-2, -1)), Sum(w * w, dim=(-2, -1))
+            return (before / after.clamp(min=1e-30)).sqrt().float()[..., None, None]
+        of_each: Any = {"dim": (-2, -1), "blocks": blocks(self.split, rows)}
+        before, after = yield Mean(o * o, **of_each), Mean(w * w, **of_each)
+        return (before / after.clamp(min=1e-30)).sqrt().unsqueeze(-1)
+
     def update(self, p: Tensor, g: Tensor, s: Any, h: Hyper) -> Asking:
         o = yield from self.orthogonal(g, s, h)
         mean = yield Mean(o * o, dim=-1)
         v = yield from s.row_sq.recur(h.beta2, mean * (1 - h.beta2))
         w = o / (sqrt(v) + h.eps).unsqueeze(-1)
         if self.adjust_lr != "rms_rescale":
-            before, after = yield Sum(o * o, dim=(-2, -1)), Sum(w * w, dim=(-2, -1))
-            w = w * (before / after.clamp(min=1e-30)).sqrt().float()[..., None, None]
+            w = w * (yield from self.restoring(o, w, h.shape[-2]))
         return (yield from self.scaled(w, h))
 
 
@@ -58,7 +67,8 @@ class AdaMuon(Muon):
     o          = the polar factor of x
     exp_avg_sq = beta2 exp_avg_sq + (1 - beta2) o^2                 factored codec: kaon's rule
     u          = o / (sqrt(exp_avg_sq) + eps), or atan2(o, sqrt(exp_avg_sq))
-    scale="rms_rescale": u = 0.2 u / RMS(u) ; scale="clip" (kaon): u = 0.2 u / max(1, RMS(u))
+    scale="rms_rescale": u = 0.2 u / RMS(u), of a matrix or block
+    scale="clip" (kaon): u = 0.2 u / max(1, RMS(u)), of the whole parameter
     p         -= lr u + lr weight_decay p
 
     No bias correction: the rescaling cancels it. With atan2 the source system keeps a factor 4 / pi beside the
@@ -88,7 +98,7 @@ class AdaMuon(Muon):
         return (*super().slots(), Slot("exp_avg_sq", signed=False))
 
     def prepared(self, x: Tensor) -> Tensor:
-        return x.sign() if self.sign else x
+        return torch.where(x.isnan(), x, x.sign()) if self.sign else x  # torch's sign of NaN is 0
 
     def update(self, p: Tensor, g: Tensor, s: Any, h: Hyper) -> Asking:
         o = yield from self.orthogonal(g, s, h)
@@ -98,5 +108,5 @@ class AdaMuon(Muon):
         else:
             u = o / (sqrt(v) + h.eps)
         if self.scale == "rms_rescale":
-            return (yield from rescaled(u, h.shape)), h.lr, h.lr
+            return (yield from rescaled(u, h.shape, self.split)), h.lr, h.lr
         return clip_rms(u, (yield Mean(u * u)), 1.0), 0.2 * h.lr, h.lr

@@ -1,5 +1,6 @@
 """What every rule is: an update as one generator, its slots and its hyper-parameters; never storage, ranks, add-ons."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -47,6 +48,7 @@ class Rule:
 
     name: ClassVar[str]
     numbers: ClassVar[tuple[str, ...]] = ()  # the fields that live in param groups
+    of_state: ClassVar[tuple[str, ...]] = ()  # the switches that give stored state its meaning
     asks: ClassVar[bool] = False  # whether update asks anything itself (its codecs aside)
     sign_like: ClassVar[bool] = False  # |u| is 1 by nature: clipping its RMS would do nothing
 
@@ -75,6 +77,14 @@ class Rule:
     def defaults(self) -> dict[str, Any]:
         """Numbers for the param group."""
         return {name: getattr(self, name) for name in self.numbers}
+
+    def switches(self) -> list[str]:
+        """The fields that are structure. A checkpoint's are compared with these, never adopted."""
+        return [field.name for field in fields(self) if field.name not in self.numbers]
+
+    def options_of(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """The switches that a saved param group tells of, one of torch.optim's too, in this rule's words."""
+        return {name: saved[name] for name in self.switches() if name in saved}
 
     def update(self, p: Tensor, g: Tensor, s: Any, h: Hyper) -> Asking:
         raise NotImplementedError

@@ -1,13 +1,14 @@
 """Muon and its kin: a momentum, orthogonalized as a whole matrix, wherever its shards are."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from shardopt.asks import Asking, Slot, Sum, Whole, Wire
-from shardopt.polar import Orthogonalizer, Split, orthogonalizer
+from shardopt.asks import Asking, Mean, Slot, Sum, Whole, Wire
+from shardopt.polar import SETS, NewtonSchulz, Orthogonalizer, Split, orthogonalizer
 from shardopt.rules.base import Hyper, Rule, check
 
 MODES = ("full", "gram", "auto", "local", "periodic")
@@ -46,6 +47,7 @@ class Muon(Rule):
     name: ClassVar[str] = "muon"
     asks: ClassVar[bool] = True
     numbers: ClassVar[tuple[str, ...]] = ("lr", "momentum", "phase")
+    of_state: ClassVar[tuple[str, ...]] = ("accumulate",)
     lr: Any = 1e-3
     momentum: Any = 0.95
     phase: int = 0  # of "periodic": the next step's place in its period; a number of the group, so that it is saved
@@ -75,8 +77,6 @@ class Muon(Rule):
             raise ValueError(f"split is {self.split!r}; give rows of a block, at least 1, or a tuple of such")
         if self.split is not None and self.mode in ("local", "periodic"):
             raise ValueError(f"mode {self.mode!r} orthogonalizes shards, which know no blocks; drop split or the mode")
-        if self.split is not None and self.adjust_lr == "rms_rescale":
-            raise ValueError("rms_rescale knows no blocks; use another adjust_lr together with split")
         wire_of(self.wire)
         work = orthogonalizer(self.orthogonalizer)
         object.__setattr__(self, "orthogonalizer", work.describe())
@@ -89,6 +89,18 @@ class Muon(Rule):
     def defaults(self) -> dict[str, Any]:
         numbers = super().defaults()
         return numbers if self.mode == "periodic" else {name: x for name, x in numbers.items() if name != "phase"}
+
+    def options_of(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """torch.optim.Muon's momentum is an EMA, its iteration a Newton-Schulz; its eps only guards 0 / 0."""
+        found = super().options_of(saved)
+        if "ns_steps" in saved and "recipe" not in saved:
+            mine, triple = orthogonalizer(self.orthogonalizer), tuple(saved["ns_coefficients"])
+            known = "quintic" if (triple,) == SETS["quintic"].triples else triple
+            like = mine if isinstance(mine, NewtonSchulz) else NewtonSchulz()
+            found["orthogonalizer"] = replace(like, coefficients=known, steps=int(saved["ns_steps"])).describe()
+            found["adjust_lr"] = saved.get("adjust_lr_fn") or "original"
+            found["accumulate"] = "ema"
+        return found
 
     def slots(self) -> tuple[Slot, ...]:
         return (Slot("momentum_buffer"),)
@@ -135,7 +147,7 @@ class Muon(Rule):
     def scaled(self, o: Tensor, h: Hyper) -> Asking:
         """(direction, its step, the decay's step) of an orthogonal o."""
         if self.adjust_lr == "rms_rescale":
-            return (yield from rescaled(o, h.shape)), h.lr, h.lr
+            return (yield from rescaled(o, h.shape, self.split)), h.lr, h.lr
         return o, h.lr * self.factor(h.shape), h.lr
 
     def factor(self, view: tuple[int, ...]) -> float:
@@ -164,8 +176,11 @@ class Muon(Rule):
             group["phase"] = (group["phase"] + 1) % self.period
 
 
-def rescaled(u: Tensor, view: tuple[int, ...]) -> Asking:
-    """u with an RMS of 0.2, every matrix of a stack by itself; 0 stays 0. Asks a norm."""
+def rescaled(u: Tensor, view: tuple[int, ...], split: Any) -> Asking:
+    """u with an RMS of 0.2, every matrix of a stack, every block of `split`, by itself; 0 stays 0. Asks a norm."""
+    if split is not None:
+        mean = yield Mean(u * u, dim=(-2, -1), blocks=blocks(split, view[-2]))
+        return u * (0.2 / mean.sqrt().clamp(min=1e-12)).unsqueeze(-1)
     norm = (yield Sum(u * u, dim=(-2, -1))).sqrt().clamp(min=1e-8)
     return u * (0.2 * sqrt(view[-2] * view[-1]) / norm).float()[..., None, None]
 

@@ -66,6 +66,7 @@ class RMSprop(Rule):
 
     name: ClassVar[str] = "rmsprop"
     numbers: ClassVar[tuple[str, ...]] = ("lr", "alpha", "eps", "momentum")
+    of_state: ClassVar[tuple[str, ...]] = ("centered",)
     lr: Any = 1e-2
     alpha: Any = 0.99
     eps: Any = 1e-8
