@@ -14,15 +14,19 @@ from torch import nn
 
 import shardopt
 from shardopt.kernels import cache, cpu, native
+from shardopt.kernels.__main__ import main as command
 from shardopt.kernels.key import key_at
 from shardopt.recipe import Recipe
 from shardopt.rules import Lion
+from tests.processes import started
 
+pytestmark = pytest.mark.shipped
 ROOT = Path(__file__).parents[1]
 
 
 def key(rounding: str = "nearest"):
-    recipe = Recipe(Lion(), rounding=rounding)
+    """Of one_step, where it rounds to nearest."""
+    recipe = Recipe(Lion(), "fp32", ("decay",), rounding)
     return key_at(recipe, (64, 64), torch.float32, torch.float32)
 
 
@@ -51,6 +55,25 @@ def one_step(fused=None):
     return opt
 
 
+def step_in(folder, builds):
+    """One step in a process of its own, which leaves a file where it compiles."""
+    os.environ["SHARDOPT_CACHE"] = str(folder)
+    build = cpu.build
+    cpu.build = lambda *given: ((builds / str(os.getpid())).touch(), build(*given))[1]
+    assert one_step().native.stepped == 1
+
+
+def in_processes(count, folder):
+    """A step in so many processes at once; the files of those that compiled."""
+    builds = folder.parent / "builds"
+    builds.mkdir()
+    running = [started(step_in, folder, builds) for _ in range(count)]
+    for process in running:
+        process.join(300)
+    assert [process.exitcode for process in running] == [0] * count
+    return list(builds.iterdir())
+
+
 def test_compiled_once_and_found_again(folder):
     """Kills: a name that changes from process to process, a cache that is never read."""
     assert one_step().native.stepped == 1
@@ -58,8 +81,7 @@ def test_compiled_once_and_found_again(folder):
     assert len(made) == 1
     note = json.loads(next(iter(made)).with_suffix(".json").read_text())
     assert note["key"].startswith("lion/fp32") and note["seconds"] > 0 and "Lion" in note["cpp"]
-    script = "from tests.test_kernel_cache import one_step; assert one_step().native.stepped == 1"
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    assert in_processes(1, folder) == []
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.so")} == made
 
 
@@ -120,7 +142,7 @@ def test_another_version_machine_or_compiler_is_another_file(folder, monkeypatch
     for what, value in others.items():
         with monkeypatch.context() as patched:
             module = cache if what == "sources" else cpu
-            patched.setattr(module, what, lambda value=value: value)
+            patched.setattr(module, what, lambda *_, value=value: value)
             names.add(cpu.entry_of(key()).path)
     names.add(cpu.entry_of(key("stochastic")).path)
     assert len(names) == 6
@@ -139,28 +161,19 @@ def test_a_folder_that_cannot_be_written(folder, monkeypatch, tmp_path):
 
 def test_one_of_several_processes_builds(folder):
     """Three at once, one compilation. Kills: the lock, and looking again once it is held."""
-    script = (
-        "import shardopt.kernels.cpu as cpu; from tests.test_kernel_cache import key; build = cpu.build\n"
-        "def counted(*given): print('BUILT'); build(*given)\n"
-        "cpu.build = counted; cpu.load(key())"
-    )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    running = [
-        subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0, 0]
-    assert "".join(outputs).count("BUILT") == 1
+    assert len(in_processes(3, folder)) == 1
 
 
-def test_a_lock_that_is_never_freed_does_not_stop_a_run(folder, monkeypatch):
-    """Kills: waiting for ever on a process that hangs."""
-    monkeypatch.setattr(cache, "WAIT", 0.3)
+@pytest.mark.parametrize("whose", ["its own", "another's"])
+def test_a_lock_that_is_never_freed_does_not_stop_a_run(folder, monkeypatch, whose):
+    """Kills: waiting for ever on a process that hangs, or at all on one that builds another kernel."""
+    stem = cpu.entry_of(key()).path.stem
+    monkeypatch.setattr(cache, "WAIT", 0.3 if whose == "its own" else 300)
+    held = stem if whose == "its own" else ("1" if stem[0] == "0" else "0") + stem[1:]
     release = threading.Event()
 
     def hold():
-        with cache.building():
+        with cache.building([cache.Entry(held, ".so")]):
             release.wait(30)
 
     holder = threading.Thread(target=hold)
@@ -183,18 +196,33 @@ def test_switched_off(folder):
     assert not list(folder.glob("*.so"))
 
 
-def test_built_ahead_of_time_and_listed(folder):
+def test_built_ahead_of_time_and_listed(folder, capsys):
     """What `build` makes is what a step finds. Kills: a command line whose keys differ from the optimizer's."""
 
-    def told(*words):
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "shardopt.kernels", *words]
-        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-
-    assert told("build", "--rule", "lion", "--state", "fp32").returncode == 0
+    words = [sys.executable, "-m", "shardopt.kernels", "build", "--rule", "lion", "--state", "fp32"]
+    subprocess.run(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
     made = set(folder.glob("*.so"))
     assert len(made) == 1 and one_step().native.stepped == 1 and set(folder.glob("*.so")) == made
-    listed = told().stdout
+    assert command([]) == 0
+    listed = capsys.readouterr().out
     assert "lion/fp32/decay/nearest f32 <- f32" in listed and str(folder) in listed
-    refused = told("build", "--rule", "muon")
-    assert refused.returncode == 2 and "rule muon has no native twin" in refused.stderr
+    assert command(["build", "--rule", "normuon"]) == 2
+    assert "rule normuon has no native twin" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, why",
+    [
+        (["--state", "int9"], "state='int9' is neither a preset"),
+        (["--arch", "sm_12x"], "--arch 'sm_12x' is neither cpu nor a GPU's"),
+        (["--arch", "cpu,gpu"], "--arch 'gpu'"),
+        (["--option", "amsgrad=True"], "adamw has lr, betas"),
+        (["--rounding", "up"], "rounding is 'up'"),
+        (["--addons", "luck"], "add-on 'luck' is unknown"),
+    ],
+)
+def test_what_cannot_be_built_is_one_line(folder, capsys, words, why):
+    """Kills: a traceback, or exit code 0 or 1."""
+    assert command(["build", *words]) == 2
+    told = capsys.readouterr().err
+    assert why in told and told.count("\n") == 1

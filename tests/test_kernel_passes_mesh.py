@@ -1,5 +1,7 @@
 """Kernels in passes on meshes: beside ranks that run the reference, on replicas, and where blocks straddle ranks."""
 
+from math import prod
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 
 import shardopt
+from shardopt.kernels.replay import Replay
 from tests import test_mesh
 from tests.threaded import run_threaded
 from tests.virtual import bits
@@ -14,10 +17,14 @@ from tests.virtual import bits
 
 @pytest.mark.parametrize("kind", ["fsdp 4", "tp cols, fsdp", "tp rows, fsdp", "ep x fsdp", "hsdp 2x2"])
 @pytest.mark.parametrize("name", ["adafactor", "adamw all"])
-def test_ranks_with_and_without_a_compiler(kind, name, monkeypatch):
+def test_ranks_with_and_without_a_compiler(kind, name, taken, monkeypatch):
     """Half of the ranks run kernels, the others the reference: the unsharded step. Kills: local sums in another shape,
-    sums that leave a strided run or an empty shard out, a rank without elements that skips a round."""
+    sums that leave a strided run or an empty shard out, a rank without elements that skips a round, a repeated round
+    that asks kernel by kernel."""
     made, make = [], test_mesh.OPTIMIZERS[name]
+    case = test_mesh.CASES[kind]
+    # the first kernel's parameters do not follow each other
+    monkeypatch.setitem(test_mesh.CASES, kind, case._replace(shapes=(*case.shapes, case.shapes[0])))
 
     def build(ps):
         opt = make(ps)
@@ -31,7 +38,24 @@ def test_ranks_with_and_without_a_compiler(kind, name, monkeypatch):
     test_mesh.test_equals_the_unsharded_step(kind, name)
     assert len(made) > 1 and all(opt.native.stepped > 0 for opt in made)
     if "cols" not in kind:  # else blocks lie on two ranks
-        assert all(opt.native.left == 0 for opt in made)
+        assert all(opt.native.left == 0 for opt in made) and all(taken) and len(taken) > 1  # and steps are repeated
+
+
+@pytest.mark.parametrize("kind", ["tp rows", "hsdp 2x2", "ep x fsdp"])
+@pytest.mark.parametrize("name", ["adafactor", "adamw all"])
+def test_a_repeated_round_is_the_same_round(kind, name, taken, monkeypatch):
+    """Taken the short way by all ranks or by none: the same bits and as many rounds and collectives. Kills: a message
+    that is not sent, sent twice, without some members or put back elsewhere, sums that are not everybody's."""
+    case, found = test_mesh.CASES[kind], []
+    for possible in (True, False):
+        monkeypatch.setattr(Replay, "possible", possible)
+        body = test_mesh.on_mesh(case, test_mesh.OPTIMIZERS[name], torch.bfloat16)
+        found.append(run_threaded(prod(case.sizes), body))
+    assert taken == [True] * ((test_mesh.STEPS - 1) * prod(case.sizes))
+    for (mine, counts, _), (others, expected, _) in zip(*found):
+        assert counts == expected and counts[1] > 0
+        for (p, state, *_), (q, stored, *_) in zip(mine, others):
+            assert torch.equal(bits(p), bits(q)) and all(torch.equal(bits(state[n]), bits(stored[n])) for n in stored)
 
 
 def test_replicas_of_ranks_are_bitwise_alike():

@@ -3,26 +3,13 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import shardopt
-from shardopt.kernels.replay import Replay
+from tests.threaded import run_threaded
 
 SHAPES = ((64, 64), (7, 15), (40,))
-
-
-@pytest.fixture
-def taken(monkeypatch):
-    """Counts the steps that were taken the short way."""
-    counted = []
-    run = Replay.run
-
-    def counting(self, *given):
-        result = run(self, *given)
-        counted.append(result is not None)
-        return result
-
-    monkeypatch.setattr(Replay, "run", counting)
-    return counted
 
 
 def pair(fused_state="int8", **options):
@@ -69,6 +56,12 @@ def strided(opt):
     p.grad = torch.randn(64, 64).t()
 
 
+def halved(opt):
+    p = opt.param_groups[0]["params"][0]
+    p.grad_dtype = None  # any
+    p.grad = p.grad.bfloat16()
+
+
 def moved(opt):
     p = opt.param_groups[0]["params"][1]
     p.data = p.data.clone()
@@ -110,7 +103,7 @@ def exchanged(opt):
 
 
 CHANGES = (
-    another_gradient, strided, moved, replaced_part, rescaled, skipping, upwards, another_parameter, exchanged,
+    another_gradient, strided, halved, moved, replaced_part, rescaled, skipping, upwards, another_parameter, exchanged,
 )  # fmt: skip
 
 
@@ -131,6 +124,71 @@ def test_left_when_something_else_changes(taken, change):
         step(opt, 3)
     assert taken[:2] == [True, False] or change in (rescaled,)
     equal(*results)
+
+
+def test_left_when_somebody_else_has_a_gradient(taken):
+    """Kills: a parameter that is no longer frozen, and not stepped."""
+    results = pair()
+    for opt in results:
+        for seed in range(4):
+            torch.manual_seed(seed)
+            for i, p in enumerate(opt.param_groups[0]["params"]):
+                p.grad = torch.randn(p.shape) if i != 1 or seed == 2 else None
+            opt.step()
+    assert taken == [True, False, False]
+    equal(*results)
+
+
+def test_left_where_a_step_is_refused(taken):
+    """Kills: a gradient that is read beyond its end."""
+    opt = pair()[0]
+    step(opt, 0)
+    step(opt, 1)
+    p = opt.param_groups[0]["params"][2]
+    p.grad.data = p.grad[:20].clone()
+    with pytest.raises(ValueError, match="has shape"):
+        opt.step()
+    assert taken == [True, False]
+
+
+def swapped(p):
+    p._local_tensor = p._local_tensor.clone()
+
+
+def local_data(p):
+    p._local_tensor.data = p._local_tensor.clone()
+
+
+@pytest.mark.parametrize("change", [swapped, local_data], ids=lambda f: f.__name__)
+def test_dtensors(taken, change):
+    """Gradients of an equal spec, as autograd makes them anew, are of the same kind, others are not. Kills: specs
+    compared by identity or not at all, a local tensor taken for where it was."""
+
+    def body(_):
+        mesh = init_device_mesh("cpu", (1,))
+
+        def drawn(seed, placement):
+            local = torch.randn(64, 64, generator=torch.Generator().manual_seed(seed))
+            return distribute_tensor(local, mesh, [placement])
+
+        found = []
+        for fused in (True, False):
+            p = nn.Parameter(drawn(9, Shard(0)))
+            opt = shardopt.AdamW([p], fused=fused)
+            for seed in range(4):
+                if seed == 2:
+                    change(p)
+                p.grad = drawn(seed, Shard(0))
+                opt.step()
+            p.grad = drawn(4, Shard(1))
+            with pytest.raises(ValueError, match="placements"):
+                opt.step()
+            found.append([p._local_tensor, *(x._local_tensor for x in opt.state[p].values() if x.ndim)])
+        return found
+
+    kernels, reference = run_threaded(1, body)[0]
+    assert taken == [True, False, True, False]
+    assert all(torch.equal(x, y) for x, y in zip(kernels, reference, strict=True))
 
 
 def test_reloaded_state_is_what_steps(taken):

@@ -15,6 +15,7 @@ from shardopt.kernels.survey import PIECE, Survey, possible
 from shardopt.prelude import Share
 from tests.threaded import run_threaded
 
+pytestmark = pytest.mark.shipped
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 63, 64, 65, 1000, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE + 77)
 

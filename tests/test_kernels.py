@@ -11,6 +11,7 @@ from shardopt.recipe import Recipe
 from tests.kernel_kit import differences, native_cases, optimizer_of, stepped
 from tests.table import DTYPES, SHAPES, Case
 
+pytestmark = pytest.mark.shipped
 CASES = list(native_cases())
 
 

@@ -12,6 +12,10 @@ struct Adafactor {
   static constexpr int slots = MOMENTUM ? 2 : 1, numbers = 9, second = MOMENTUM ? 1 : 0;
   static constexpr int rounds = CLIP || SCALE ? 1 : 0, depth = MOMENTUM && !RAW ? 2 : 1;
   static constexpr bool paced = true, weighs = SCALE, answered = false;
+  template <class Scalars>
+  HD static bool calm(const Scalars&) {
+    return true;
+  }
   HD static constexpr Wants wants(int) { return {CLIP + SCALE, false, false}; }
   struct Scalars {
     float decay, w, beta1, rest1, floor, added, clip, step, pace;

@@ -36,7 +36,8 @@ struct Centralize {  // of matrices; known: the row's mean
   HD static void want(float, float g, float, const float*, float* w) {
     w[0] = g;
   }
-  HD static void learn(int, const double*, const double*, float*) {}
+  template <int>
+  HD static void learn(const double*, const double*, float*) {}
   HD static float apply(float, float g, float, const float* n) { return g - n[0]; }
 };
 struct OrthoGrad {  // known: <p, g> / ||p||^2; ||g|| / ||h||
@@ -53,9 +54,10 @@ struct OrthoGrad {  // known: <p, g> / ||p||^2; ||g|| / ||h||
       w[0] = h * h;
     }
   }
-  HD static void learn(int rounds, const double* heard, const double*, float* n) {
+  template <int ROUNDS>
+  HD static void learn(const double* heard, const double*, float* n) {
     n[0] = (float)(heard[0] / (heard[1] + 1e-30));
-    if (rounds == 2) n[1] = (float)sqrt(heard[3] > 1e-12 * heard[2] ? heard[2] / heard[3] : 0.0);
+    if constexpr (ROUNDS == 2) n[1] = (float)sqrt(heard[3] > 1e-12 * heard[2] ? heard[2] / heard[3] : 0.0);
   }
   HD static float apply(float p, float g, float, const float* n) { return rest(p, g, n) * n[1]; }
 };
@@ -74,7 +76,8 @@ struct RMSClip {  // numbers: d; known: what u is divided by
   HD static void want(float, float, float u, const float*, float* w) {
     w[0] = u * u;
   }
-  HD static void learn(int, const double* heard, const double* given, float* n) {
+  template <int>
+  HD static void learn(const double* heard, const double* given, float* n) {
     n[1] = (float)clip_of(heard[0], given[0]);
   }
   HD static float apply(float, float, float u, const float* n) { return u / n[1]; }
@@ -89,22 +92,23 @@ struct Cautious {  // numbers: floor; known: the share of those that agree
   HD static void want(float, float g, float u, const float*, float* w) {
     w[0] = agrees(g, u), w[1] = ACTIVE && g == 0 ? 0.0f : 1.0f;
   }
-  HD static void learn(int, const double* heard, const double* given, float* n) {
+  template <int>
+  HD static void learn(const double* heard, const double* given, float* n) {
     double share = heard[0] / (heard[1] < 1 ? 1 : heard[1]);
     n[1] = (float)(share < given[0] ? given[0] : share);
   }
   HD static float apply(float, float g, float u, const float* n) { return u * agrees(g, u) / n[1]; }
 };
 
-// decay: what is added to delta; numbers: weight_decay -----------------------------------------------------------------
+// decay: where p is added to delta, times lr and numbers, weight_decay -----------------------------------------------------------------
 
 struct WeightDecay : Silent {
   static constexpr int numbers = 1;
-  HD static float term(float p, float, const float* n) { return p * n[0]; }
+  HD static bool acts(float, float) { return true; }
 };
 struct CautiousDecay : Silent {
   static constexpr int numbers = 1;
-  HD static float term(float p, float u, const float* n) { return (u * p >= 0 ? p : 0.0f) * n[0]; }
+  HD static bool acts(float p, float u) { return u * p >= 0; }
 };
 
 template <class... A>
@@ -146,7 +150,7 @@ struct Chain {
   }
   template <int COUNT>
   HD static void copy(const double* given, float* n) {
-    for (int i = 0; i < COUNT; i++) n[i] = (float)given[i];
+    UNROLL for (int i = 0; i < COUNT; i++) n[i] = (float)given[i];
   }
 
   // What the answers of the rounds before PASS come to.
@@ -157,7 +161,7 @@ struct Chain {
       constexpr Before mine = before(decltype(i)::value);
       constexpr int known = within(PASS - mine.rounds, 0, Item::rounds);
       if constexpr (known > 0 && !Item::by_row)
-        Item::learn(known, Heard<Item>(answers + mine.asks, known).x, given + mine.numbers, n + mine.floats);
+        Item::template learn<known>(Heard<Item, known>(answers + mine.asks).x, given + mine.numbers, n + mine.floats);
     });
   }
   // What differs from row to row; line: of the local rows.
@@ -189,7 +193,7 @@ struct Chain {
     return x;
   }
   HD static float delta(float delta, float p, float u, float lr, const float* n) {
-    ((delta = n[0] == 0 ? delta : delta + A::term(p, u, n) * lr, n += A::numbers), ...);
+    ((delta = n[0] == 0 ? delta : decayed(A::acts(p, u), p, n[0], lr, delta), n += A::numbers), ...);
     return delta;
   }
 };

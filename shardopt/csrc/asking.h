@@ -27,6 +27,10 @@ struct Silent {  // asks nothing
   static constexpr int rounds = 0, known = 0;
   static constexpr bool by_row = false, weighs = false;
   HD static constexpr Wants wants(int) { return {}; }
+  template <class Scalars>
+  HD static bool calm(const Scalars&) {  // of a rule: whether its calm tiles may take `root_calm` and `over_calm`
+    return true;
+  }
 };
 
 // The answers of an asking parameter: pointers, in the order in which they were asked.
@@ -39,12 +43,13 @@ HD constexpr int asks_of(int rounds) {  // in its first `rounds` rounds
   return count;
 }
 
-// The scalars that an item has been answered in `known` rounds.
-template <class A>
+// The scalars that an item has been answered in KNOWN rounds.
+template <class A, int KNOWN>
 struct Heard {
-  double x[asks_of<A>(A::rounds) + 1];
-  HD Heard(Answers from, int known) {
-    for (int i = 0; i < asks_of<A>(known); i++) x[i] = *(const double*)from[i];
+  static constexpr int count = asks_of<A>(KNOWN);
+  double x[count];
+  HD Heard(Answers from) {
+    UNROLL for (int i = 0; i < count; i++) x[i] = *(const double*)from[i];
   }
 };
 

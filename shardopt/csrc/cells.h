@@ -71,11 +71,13 @@ struct Storing<C, true> {
 // The slots of one element, as the rules see them: `recur` registers a value and returns the one that the step uses.
 template <class K, int PASS, class Stored>
 struct Cells {
+  HD static float root(float x) { return root_near(x); }
+  HD static float over(float a, float b) { return shardopt::over(a, b); }
   const float* old;
   float *fresh, *want;
   float factor;  // of the factored slot
-  float answer;  // to what the rule asked
   const Stored& stored;
+  float answer = 0;  // to what the rule asked
   template <int I>
   HD float recur(float decay, float x) {
     if constexpr (I == K::factored) {

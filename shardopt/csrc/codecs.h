@@ -88,7 +88,10 @@ struct Sqrt8 : Absmax<BLOCK, true> {
     float t = (float)q * (float)(1.0 / 127);
     return Base::scaled(t * size(t), s);
   }
-  HD static float signed_root(float x) { return copy_sign(root(size(x)), x); }
+  HD static float signed_root(float x) {
+    const u32 magnitude = bits(x) & 0x7fffffffu;  // of which the extremes are taken too
+    return from_bits(bits(root(from_bits(magnitude))) | (bits(x) ^ magnitude));
+  }
   HD static float prepare(float x) { return early_roots ? signed_root(x) : x; }
   HD static Scale close(u32 most, u32, float* stored) {
     return {1.0f / root(Base::close(most, 0, stored).scale) * 127.0f};
@@ -115,8 +118,8 @@ struct Root4 : Absmax<BLOCK, false> {
   }
   HD static u32 encode(float r, Scale e, u32 noise) {  // below 1, where the fixed point is not exact, it is 1 anyway
     u32 t = to_fixed(root_of_normal(r) * e.scale);  // at most 255, within the tolerance
-    t = STOCHASTIC ? dither(t, noise, t >> 20) : nearest_fixed(t);
-    return larger(t, r > 0 ? 1u : 0u);
+    t = larger(t, smaller(bits(r), 1u << 23));  // a positive value has no code below 1
+    return STOCHASTIC ? dither(t, noise, t >> 20) : nearest_fixed(t);
   }
 };
 

@@ -6,9 +6,8 @@ namespace shardopt {
 
 // What a piece wants, added up: in 32 lanes, as it is vectorised, whatever the machine; or put where it was asked for.
 template <class K, int PASS>
-struct Adding {
-  static constexpr int pass = PASS, lanes = 32;
-  static constexpr bool previews = false;
+struct Adding : Writing<PASS> {
+  static constexpr int lanes = 32;
   static constexpr Wants wants = K::wants(PASS);
   static constexpr int values = wants.values();
   double sums[values][lanes] = {};
@@ -41,10 +40,15 @@ struct Adding {
 // What a call of a kernel that asks is told besides; made by shardopt/kernels/passes.py.
 template <class K>
 struct Asked {
-  const Place* places;  // one a span
-  const typename K::Parameter* parameters;
-  i64 count, pieces;  // parameters; pieces of all spans
-  double* scratch;    // the sums of every piece
+  const Place* places;         // one a span
+  const void* const* answers;  // of every parameter, in the order in which they were asked
+  i64 pieces;                  // of all spans
+  double* scratch;             // the sums of every piece
+  const Gather* gathers;
+  i64 gathered;
+  const Settle* settles;
+  i64 settled;
+  Answers of(const Place& place) const { return answers + place.parameter * K::asks; }
 };
 
 template <class K>
@@ -69,14 +73,14 @@ struct Thread {
       if (tile >= end) continue;
       const double t = (double)*s.step + 1, *n = numbers + s.group * stride;
       if constexpr (K::rounds > 0)
-        h = K::template informed<K::rounds>(n, t, asked->parameters[asked->places[at].parameter].answers);
+        h = K::template informed<K::rounds>(s, asked->places[at], n, t, asked->of(asked->places[at]));
       else if (t != known || s.group != group)
         h = K::derive(n, t);
       known = t, group = s.group;
       auto noise = K::noise(s.key, (i64)t);
       i64 row = (tile - s.tile0) / across, column = (tile - s.tile0) % across * K::tile;
       auto drawn = K::row_noise(noise, s.row0 + row);
-      auto entered = enter<K::rounds>(h, s, asked, at, n, t, row);
+      auto entered = enter<K::rounds>(h, s, asked, at, row);
       for (const i64 stop = end < last ? end : last; tile < stop;) {
         const i64 left = across - column / K::tile, whole = left < tiles ? left : tiles;
         const i64 some = whole < stop - tile ? whole : stop - tile;
@@ -86,7 +90,7 @@ struct Thread {
         if (column >= s.cols && tile < end) {
           column = 0, row++;
           drawn = K::row_noise(noise, s.row0 + row);
-          entered = enter<K::rounds>(h, s, asked, at, n, t, row);
+          entered = enter<K::rounds>(h, s, asked, at, row);
         }
       }
     }
@@ -94,11 +98,8 @@ struct Thread {
 
   template <int PASS>
   HD static typename K::Scalars enter(const typename K::Scalars& h, const Span& s, const Asked<K>* asked, i64 at,
-                                      const double* n, double t, i64 row) {
-    if constexpr (K::by_row) {
-      const Place& place = asked->places[at];
-      return K::template enter<PASS>(h, s, place, asked->parameters[place.parameter], n, t, row);
-    }
+                                      i64 row) {
+    if constexpr (K::by_row) return K::template enter<PASS>(h, s, asked->places[at], asked->of(asked->places[at]), row);
     return h;
   }
 
@@ -135,21 +136,16 @@ struct Thread {
     });
   }
 
+  // What is only read: what is written as well, the processor foresees better than this.
   template <int PASS>
   HD static void ahead(const Span& s, i64 row, i64 column) {
     const i64 at = row * s.ld + column;
-    if constexpr (K::weighs(PASS)) fetch<PASS == K::rounds>((const typename K::P::T*)s.p + at);
-    fetch<false>((const typename K::G::T*)s.g + at);
-    if constexpr (K::Slots::widest() == 0 && PASS == K::rounds)  // states that are no shorter
-      each<K::slots>([&](auto i) {
-        using C = typename K::Slots::template at<decltype(i)::value>;
-        constexpr int part = K::Slots::part_of(decltype(i)::value);
-        if constexpr (decltype(i)::value != K::factored) fetch<true>((const typename C::Code*)s.part[part] + at);
-      });
+    if constexpr (PASS < K::rounds && K::weighs(PASS)) fetch((const typename K::P::T*)s.p + at);
+    fetch((const typename K::G::T*)s.g + at);
   }
-  template <bool WRITE, class T>
+  template <class T>
   HD static void fetch(const T* from) {
-    for (unsigned i = 0; i < width * sizeof(T); i += 64) __builtin_prefetch((const char*)from + i, WRITE);
+    for (unsigned i = 0; i < width * sizeof(T); i += 64) __builtin_prefetch((const char*)from + i);
   }
 
   // What one piece wants in this pass, into its places of the scratch memory.
@@ -162,72 +158,53 @@ struct Thread {
     const i64 bottom = (down + 1) * place.high < s.rows ? (down + 1) * place.high : s.rows;
     const i64 left = beside * place.wide, right = left + place.wide < s.cols ? left + place.wide : s.cols;
     const double t = (double)*s.step + 1, *n = numbers + s.group * stride;
-    const auto h = K::template informed<PASS>(n, t, a.parameters[place.parameter].answers);
+    const auto h = K::template informed<PASS>(s, place, n, t, a.of(place));
     const auto noise = K::noise(s.key, (i64)t);
     constexpr Wants wants = K::wants(PASS);
     Adding<K, PASS> sink;
+    double whole = 0;  // of the rows
     if constexpr (wants.cols) {
       sink.columns = a.scratch + place.cols0 + down * s.cols;
       for (i64 j = left; j < right; j++) sink.columns[j] = 0;
     }
     for (i64 row = down * place.high; row < bottom; row++) {
       const auto drawn = K::row_noise(noise, s.row0 + row);
-      const auto entered = enter<PASS>(h, s, &a, at, n, t, row);
-      if constexpr (wants.elements)
-        sink.elements = (float*)a.parameters[place.parameter].out + (place.line + row) * s.ld + place.column;
+      const auto entered = enter<PASS>(h, s, &a, at, row);
+      if constexpr (wants.elements) sink.elements = K::row_at(a.of(place), s, place, row);
       for (i64 column = left; column < right; column += width) {
         bool more = column + width < right;
         ahead<PASS>(s, more ? row : row + 1, more ? column + width : left);
         one(s, entered, drawn, sink, row, column, right - column < width ? right - column : width);
       }
-      if constexpr (wants.rows) a.scratch[place.rows0 + beside * s.rows + row] = sink.taken(0);
+      if constexpr (wants.rows) whole += a.scratch[place.rows0 + beside * s.rows + row] = sink.taken(0);
     }
+    if constexpr (wants.cols) a.scratch[index] = whole;
     if constexpr (!wants.rows && !wants.elements)
       for (int k = 0; k < Adding<K, PASS>::values; k++) a.scratch[index * Adding<K, PASS>::values + k] = sink.taken(k);
   }
-
-  // The sums of one parameter from those of its pieces, in their order.
-  template <int PASS>
-  static void combine(const Span* spans, i64 count, const Asked<K>& a, const typename K::Parameter& p) {
-    constexpr Wants wants = K::wants(PASS);
-    const i64 lines = p.matrices * p.rows, columns = p.matrices * p.cols;
-    const i64 asked = wants.cols ? lines + columns + 2 * p.matrices : wants.rows ? lines : wants.sums;
-    double *out = p.out, *by_column = out + lines, *whole = by_column + columns, *old = whole + p.matrices;
-    for (i64 i = 0; i < asked; i++) out[i] = 0;
-    for (i64 at = p.first; at < p.last; at++) {
-      const Span& s = spans[at];
-      const Place& place = a.places[at];
-      const i64 pieces = (at + 1 < count ? a.places[at + 1].tile0 : a.pieces) - place.tile0;
-      if constexpr (wants.rows)
-        for (i64 b = 0; b < place.across; b++)
-          for (i64 i = 0; i < s.rows; i++) out[place.line + i] += a.scratch[place.rows0 + b * s.rows + i];
-      else
-        for (i64 i = 0; i < pieces * wants.sums; i++) out[i % wants.sums] += a.scratch[place.tile0 * wants.sums + i];
-      if constexpr (wants.cols)
-        for (i64 d = 0; d < pieces / place.across; d++)
-          for (i64 j = 0; j < s.cols; j++) by_column[place.column + j] += a.scratch[place.cols0 + d * s.cols + j];
-    }
-    if constexpr (wants.cols)
-      for (i64 i = 0; i < lines; i++) whole[i / p.rows] += out[i], old[i / p.rows] += p.row[i];
-  }
-
-  // The recurrence of a factored slot, once nobody needs its old rows and columns.
-  static void settle(const double* numbers, i64 stride, const typename K::Parameter& p) {
-    if constexpr (K::factors) {
-      Answers answers = p.answers + K::slot_asks;
-      const float decay = (float)K::Rule::decay(numbers + p.group * stride, (double)*p.step + 1);
-      for (i64 i = 0; i < p.matrices * p.rows; i++) p.row[i] = Factored::moved(p.row, answers[Factored::ROWS], decay, i);
-      for (i64 j = 0; j < p.matrices * p.cols; j++) p.col[j] = Factored::moved(p.col, answers[Factored::COLS], decay, j);
-    }
-  }
 };
 
-constexpr i64 piece = 1 << 14;  // elements that a thread takes at a time
+// Elements that a thread takes at a time: enough to hide what taking costs, and where there are many, so many that
+// no two threads are in one page and the processor's prefetching is seldom broken off.
+constexpr i64 few = 1 << 14, many = 1 << 19, turns = 16;  // of every thread
+
+inline void gather(const Gather& a, const double* scratch) {
+  for (i64 i = 0; i < a.count; i++) a.out[i] = 0;
+  for (i64 k = 0; k < a.n; k++)
+    for (i64 i = 0; i < a.count; i++) a.out[i] += a.row ? (double)a.row[k] : scratch[a.from + k * a.count + i];
+}
+
+template <class K>
+void settle(const Settle& a, const double* numbers, i64 stride) {
+  const float decay = (float)K::Rule::decay(numbers + a.group * stride, (double)*a.step + 1);
+  for (i64 i = 0; i < a.count; i++) a.part[i] = Factored::moved(a.part, a.means, decay, i);
+}
 
 template <class K>
 void run_all(const void* spans, i64 count, i64 tiles, const double* numbers, i64 stride, float* const* steps,
              i64 n_steps, int threads, const Asked<K>* asked = nullptr) {
-  const i64 several = piece / K::tile > 1 ? piece / K::tile : 1, pieces = (tiles + several - 1) / several;
+  const i64 fair = tiles / (threads * turns) * K::tile, wanted = fair < few ? few : fair > many ? many : fair;
+  const i64 several = wanted / K::tile > 1 ? wanted / K::tile : 1, pieces = (tiles + several - 1) / several;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && pieces > 1)
   for (i64 i = 0; i < pieces; i++) {
     i64 first = i * several, last = first + several < tiles ? first + several : tiles;
@@ -235,7 +212,7 @@ void run_all(const void* spans, i64 count, i64 tiles, const double* numbers, i64
   }
   if constexpr (K::factors) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && pieces > 1)
-    for (i64 i = 0; i < asked->count; i++) Thread<K>::settle(numbers, stride, asked->parameters[i]);
+    for (i64 i = 0; i < asked->settled; i++) settle<K>(asked->settles[i], numbers, stride);
   }
   for (i64 i = 0; i < n_steps; i++) *steps[i] += 1;  // only now: every thread has read its own
 }
@@ -245,10 +222,8 @@ void pass(const void* spans, i64 count, const double* numbers, i64 stride, int t
   auto* all = (const typename K::Span*)spans;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && asked.pieces > 1)
   for (i64 i = 0; i < asked.pieces; i++) Thread<K>::template piece<PASS>(all, count, numbers, stride, asked, i);
-  if constexpr (!K::wants(PASS).elements) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && asked.pieces > 1)
-    for (i64 i = 0; i < asked.count; i++) Thread<K>::template combine<PASS>(all, count, asked, asked.parameters[i]);
-  }
+  for (i64 i = 0; i < asked.gathered; i++) gather(asked.gathers[i], asked.scratch);
 }
 
 // Which pass it is, as a number of the program.

@@ -1,15 +1,22 @@
 // The GPU's side: warps as teams. Compiled by NVRTC, without any header but these.
 #pragma once
-#include "warp.h"
+#include "passes.h"
 
 namespace shardopt {
 
-template <class K>
+template <class Member>
 struct Warp {
-  Lane<K> member;
+  template <class Other>
+  using Of = Warp<Other>;
+  Member member;
   template <class F>
   __device__ __forceinline__ void lanes(F&& f) {
-    f(member, (int)threadIdx.x % 32);
+    f(member, lane());
+  }
+  __device__ static int lane() {  // asked anew every time, which costs no register
+    int x;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(x));
+    return x & 31;
   }
   template <int WIDTH, class At, class Op>
   __device__ __forceinline__ void meet(At&& at, Op op) {
@@ -19,15 +26,30 @@ struct Warp {
     else
       UNROLL for (int offset = WIDTH / 2; offset; offset /= 2) x = Op::of(x, __shfl_xor_sync(~0u, x, offset));
   }
+  template <class At>
+  __device__ __forceinline__ void sum(At&& at) {
+    double& x = at(member);
+    UNROLL for (int offset = 16; offset; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
+  }
+  template <class F>
+  __device__ __forceinline__ bool any(F&& f) {
+    return __any_sync(~0u, f(member));
+  }
+  template <class F>
+  __device__ __forceinline__ void once(F&& f) {
+    __syncwarp();
+    if (lane() == 0) f();
+    __syncwarp();
+  }
 #if __CUDA_ARCH__ >= 800
   __device__ static u32 all(u32 x, Larger) { return __reduce_max_sync(~0u, x); }
   __device__ static u32 all(u32 x, Smaller) { return __reduce_min_sync(~0u, x); }
 #endif
 };
 
-template <class K>
+template <class Member, class Shared>
 struct Cta {
-  Known<K>& known;  // in shared memory
+  Shared& shared;
   template <class F>
   __device__ __forceinline__ void once(F&& f) {
     __syncthreads();  // the span before is done with
@@ -36,22 +58,31 @@ struct Cta {
   }
   template <class F>
   __device__ __forceinline__ void warps(F&& f) {
-    Warp<K> team;
-    f((int)threadIdx.x / 32, team);
+    Warp<Member> team;
+    f((int)(threadIdx.x / 32u), team);
+  }
+  template <class F>
+  __device__ __forceinline__ void turn(int warp, F&& f) {
+    for (int i = 0; i < shardopt::warps; i++) {
+      if (i == warp) f();
+      __syncthreads();
+    }
   }
 };
 
 }  // namespace shardopt
 
-// SHARDOPT_CTAS: how many CTAs of 256 threads a processor must hold; chosen by shardopt/kernels/cuda.py.
-#define SHARDOPT_CUDA(KEY)                                                                     \
-  extern "C" __global__ void __launch_bounds__(256, SHARDOPT_CTAS)                             \
-      shardopt_step(const __grid_constant__ shardopt::Packed launch) {                         \
-    __shared__ shardopt::Known<KEY> known;                                                     \
-    shardopt::Cta<KEY> cta{known};                                                             \
-    shardopt::step<KEY>(cta, launch, blockIdx.x);                                              \
-  }                                                                                            \
-  extern "C" __global__ void __launch_bounds__(256)                                            \
-      shardopt_advance(const __grid_constant__ shardopt::Counters launch) {                    \
-    shardopt::advance(launch, (long long)blockIdx.x * 256 + threadIdx.x);                      \
+// A kernel by its name and its type, which may hold commas. SHARDOPT_CTAS_*: how many CTAs of 256 threads a processor
+// must hold; chosen by shardopt/kernels/cuda.py.
+#define SHARDOPT_CUDA(NAME, ...)                                            \
+  extern "C" __global__ void __launch_bounds__(256, SHARDOPT_CTAS_##NAME)   \
+      shardopt_##NAME(const __grid_constant__ shardopt::Packed launch) {    \
+    using Kernel = __VA_ARGS__;                                             \
+    __shared__ Kernel::Shared shared;                                       \
+    shardopt::Cta<Kernel::Member, Kernel::Shared> cta{shared};              \
+    Kernel::run(cta, launch, blockIdx.x);                                   \
   }
+extern "C" __global__ void __launch_bounds__(256)
+    shardopt_advance(const __grid_constant__ shardopt::Counters launch) {
+  shardopt::advance(launch, (long long)blockIdx.x * 256 + threadIdx.x);
+}

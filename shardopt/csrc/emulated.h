@@ -3,6 +3,7 @@
 #define SHARDOPT_REGISTERS
 
 inline long long misaligned = 0;  // moves that would be an error on a GPU
+inline long long calm = 0;        // tiles that were, of those that looked it
 
 template <int BYTES>
 struct alignas(BYTES) Moved {
@@ -17,30 +18,52 @@ struct alignas(BYTES) Moved {
 using uint4 = Moved<16>;
 using uint2 = Moved<8>;
 using uint1 = Moved<4>;
-#include "warp.h"
+#include "passes.h"
 
 namespace shardopt {
 
-template <class K>
+template <class Member>
 struct EmulatedWarp {
-  Lane<K> members[32];
+  template <class Other>
+  using Of = EmulatedWarp<Other>;
+  Member members[32];
   template <class F>
   void lanes(F&& f) {
     for (int lane = 0; lane < 32; lane++) f(members[lane], lane);
   }
   template <int WIDTH, class At, class Op>
   void meet(At&& at, Op) {
-    for (int offset = WIDTH / 2; offset; offset /= 2) {  // all lanes read before any writes, as a shuffle does
-      u32 theirs[32];
-      for (int lane = 0; lane < 32; lane++) theirs[lane] = at(members[lane ^ offset]);
-      for (int lane = 0; lane < 32; lane++) at(members[lane]) = Op::of(at(members[lane]), theirs[lane]);
-    }
+    for (int offset = WIDTH / 2; offset; offset /= 2)
+      shuffle<u32>(at, offset, [](u32 mine, u32 theirs) { return Op::of(mine, theirs); });
+  }
+  template <class F>
+  bool any(F&& f) {
+    bool found = false;
+    for (auto& member : members) found = f(member) || found;
+    calm += !found;
+    return found;
+  }
+  template <class F>
+  void once(F&& f) {
+    f();
+  }
+  template <class At>
+  void sum(At&& at) {
+    for (int offset = 16; offset; offset /= 2)
+      shuffle<double>(at, offset, [](double mine, double theirs) { return mine + theirs; });
+  }
+  template <class T, class At, class Op>
+  void shuffle(At&& at, int offset, Op op) {  // all lanes read before any writes
+    T theirs[32];
+    for (int lane = 0; lane < 32; lane++) theirs[lane] = at(members[lane ^ offset]);
+    for (int lane = 0; lane < 32; lane++) at(members[lane]) = op(at(members[lane]), theirs[lane]);
   }
 };
 
-template <class K>
+// Its warps run one after another, so that whoever has a turn has it at once.
+template <class Member, class Shared>
 struct EmulatedCta {
-  Known<K> known;
+  Shared shared;
   template <class F>
   void once(F&& f) {
     f();
@@ -48,24 +71,29 @@ struct EmulatedCta {
   template <class F>
   void warps(F&& f) {
     for (int warp = 0; warp < shardopt::warps; warp++) {
-      EmulatedWarp<K> team;
+      EmulatedWarp<Member> team;
       f(warp, team);
     }
+  }
+  template <class F>
+  void turn(int, F&& f) {
+    f();
   }
 };
 
 }  // namespace shardopt
 
 // What a driver does with a launch: the packed parameter, for every CTA; the last first, since none may wait for one.
-#define SHARDOPT_EMULATED(KEY)                                                                 \
-  extern "C" void shardopt_step(const void* launch, long long ctas) {                          \
-    while (ctas-- > 0) {                                                                       \
-      shardopt::EmulatedCta<KEY> cta;                                                          \
-      shardopt::step<KEY>(cta, *(const shardopt::Packed*)launch, ctas);                        \
-    }                                                                                          \
-  }                                                                                            \
-  extern "C" void shardopt_advance(const void* launch, long long ctas) {                       \
-    for (long long i = 0; i < ctas * 256; i++)                                                 \
-      shardopt::advance(*(const shardopt::Counters*)launch, i);                                \
-  }                                                                                            \
-  extern "C" long long shardopt_misaligned() { return misaligned; }
+#define SHARDOPT_EMULATED(NAME, ...)                                         \
+  extern "C" void shardopt_##NAME(const void* launch, long long ctas) {      \
+    using Kernel = __VA_ARGS__;                                              \
+    while (ctas-- > 0) {                                                     \
+      shardopt::EmulatedCta<Kernel::Member, Kernel::Shared> cta;             \
+      Kernel::run(cta, *(const shardopt::Packed*)launch, ctas);              \
+    }                                                                        \
+  }
+extern "C" void shardopt_advance(const void* launch, long long ctas) {
+  for (long long i = 0; i < ctas * 256; i++) shardopt::advance(*(const shardopt::Counters*)launch, i);
+}
+extern "C" long long shardopt_misaligned() { return misaligned; }
+extern "C" long long shardopt_calm() { return calm; }

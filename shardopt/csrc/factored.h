@@ -15,24 +15,25 @@ struct Factored {
   HD static constexpr Wants wants(int) { return {0, true, true}; }
   enum { ROWS, COLS, MEAN, OLD_MEAN };  // what is answered; means of a stack are float32, one a matrix
 
-  // What one row of a matrix needs. col, cols: of the span's first column.
+  // What a span of one matrix needs, and one row of it. col, cols: of the span's first column.
   struct Line {
     const float *col, *cols;
-    float decay, relative;  // relative: the new row_i / the new mean(row)
-    HD float column(i64 j) const { return col[j] * decay + cols[j]; }
+    float decay, mean;  // mean: the new mean(row)
+    float relative;     // the new row_i / mean
+    HD float column(i64 j) const { return moved(col, cols, decay, j); }
     HD float value(i64 j) const { return relative * column(j); }
   };
 
-  HD static float mean(Answers a, double decay, double floor, i64 matrix, bool stack) {
-    if (stack) {
+  HD static float mean(Answers a, double decay, double floor, i64 matrix) {
+    if (matrix >= 0) {
       float x = ((const float*)a[OLD_MEAN])[matrix] * (float)decay + ((const float*)a[MEAN])[matrix];
       return x < (float)floor ? (float)floor : x;
     }
     double x = *(const double*)a[OLD_MEAN] * decay + *(const double*)a[MEAN];
     return (float)(x < floor ? floor : x);
   }
-  HD static float moved(const float* part, const void* means, float decay, i64 i) {
-    return part[i] * decay + ((const float*)means)[i];
+  HD static float moved(const float* part, const float* means, float decay, i64 i) {
+    return part[i] * decay + means[i];
   }
 };
 

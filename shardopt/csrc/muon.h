@@ -1,13 +1,13 @@
 // Muon: the twin of shardopt/rules/muon.py; for what a rule has, see rules.h.
 #pragma once
-#include "asking.h"
+#include "rules.h"
 
 namespace shardopt {
 
 template <bool EMA, bool NESTEROV>
-struct Muon {  // numbers: lr, momentum, the factor by which the shape adjusts lr
-  static constexpr int slots = 1, numbers = 3, rounds = 1, depth = 1;
-  static constexpr bool paced = true, weighs = false, answered = true;
+struct Muon : Unasking {  // numbers: lr, momentum, the factor by which the shape adjusts lr
+  static constexpr int slots = 1, numbers = 3, rounds = 1;
+  static constexpr bool paced = true, answered = true;
   HD static constexpr Wants wants(int) { return {0, false, false, true}; }
   struct Scalars {
     float momentum, fresh, step, pace;
@@ -15,7 +15,6 @@ struct Muon {  // numbers: lr, momentum, the factor by which the shape adjusts l
   HD static Scalars derive(const double* n, double) {
     return {(float)n[1], EMA ? (float)(1 - n[1]) : 1.0f, (float)(n[0] * n[2]), (float)n[0]};
   }
-  HD static double floor(const double*) { return 0; }
   template <class S>
   HD static void want(float, float g, S& s, const Scalars& h, float* w) {
     float m = s.template recur<0>(h.momentum, g * h.fresh);

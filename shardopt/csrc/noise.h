@@ -34,11 +34,28 @@ HD u32 noise_at(u32 row, u32 column) { return mix32(row ^ column); }
 // The same for columns first + i, where `first` is a multiple of a power of two above i, at most 2^16: row ^ column is
 // (row ^ first) ^ i, so that what the first xor-shift adds is the same for all of them.
 HD u32 noise_from(u32 row, u32 first) { return (row ^ first) ^ ((row ^ first) >> 16); }
-HD u32 noise_near(u32 from, u32 i) {
-  u32 x = (from ^ i) * 0x7FEB352Du;
+HD u32 noise_of_product(u32 x) {
   x = (x ^ (x >> 15)) * 0x846CA68Bu;
   return x ^ (x >> 16);
 }
+HD u32 noise_product(u32 from) { return from * 0x7FEB352Du; }
+HD u32 noise_near(u32 from, u32 i) { return noise_of_product(noise_product(from ^ i)); }
+
+// The first product of noise_near for i of 0 to 7 by additions: setting bit k of `from ^ i` adds product[k] or takes it
+// away, the same for every `from` with the same low 3 bits.
+struct Steps {
+  u32 by[3];
+  HD static Steps of(u32 from) {
+    Steps found;
+    UNROLL for (int k = 0; k < 3; k++) found.by[k] = (from >> k & 1u ? 0u - 0x7FEB352Du : 0x7FEB352Du) << k;
+    return found;
+  }
+  HD void products(u32 from, u32 (&x)[8]) const {
+    x[0] = from * 0x7FEB352Du;
+    UNROLL for (int k = 0; k < 3; k++)
+      UNROLL for (int i = 0; i < 1 << k; i++) x[i + (1 << k)] = x[i] + by[k];
+  }
+};
 
 // float32 in [0, 1) from the top 24 bits; the signed conversion is the one that vectorises.
 HD float uniform(u32 noise) { return (float)(i32)(noise >> 8) * 0x1p-24f; }

@@ -9,7 +9,7 @@
 #define SHARDOPT_REGISTERS  // see tile.h
 #define CONSTANTS static const float  // global memory, which L1 caches
 #else
-#include <math.h>
+extern "C" double pow(double, double), sqrt(double), atan2(double, double);  // <math.h> is a third of a compilation
 #define HD inline __attribute__((always_inline))
 #define UNROLL
 #define CONSTANTS static const float  // a table in memory, not on the stack
@@ -43,6 +43,11 @@ HD float rsqrt_near(float x) {  // within 2 ulp
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+HD float sqrt_near(float x) {  // within 2 ulp; 0 of a subnormal x
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 // IEEE's square root of 0 and of 2^-100 <= x < inf, as the compiler's fast path computes it, without its branch.
 HD float root_of_normal(float x) {
   float y = rsqrt_near(fmaxf(x, 0x1p-100f)), g = x * y;
@@ -72,10 +77,43 @@ HD float over(float a, float b) {  // within 2 ulp for normal b and 1 / b, which
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(b));
   return a * y;
 }
+// The root that a direction is made of, and a b + c there.
+HD float root_near(float x) {
+  const bool tiny = x < 0x1p-126f;
+  const float y = sqrt_near(tiny ? x * 0x1p64f : x);
+  return tiny ? y * 0x1p-32f : y;
+}
+// The same, and a quotient, where all numbers are calm: see `Calmly`.
+HD float root_calm(float x) { return sqrt_near(x); }
+HD float over_calm(float a, float b) { return over(a, b); }
+constexpr bool calm_checked = false;  // whether they must be looked at
+HD float multiply_add(float a, float b, float c) { return fused(a, b, c); }
+HD float decayed(bool acts, float p, float decay, float lr, float delta) {
+  return acts ? fused(p, decay * lr, delta) : delta;
+}
 #else
 HD float over(float a, float b) { return a / b; }
+HD float root_near(float x) { return root(x); }
+HD float root_calm(float x) { return root_of_normal(x); }
+HD float over_calm(float a, float b) {  // the compiler's own way through a division, without its branch
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(b));
+  y = __fmaf_rn(__fmaf_rn(-b, y, 1.0f), y, y);
+  const float q = a * y;
+  return __fmaf_rn(y, __fmaf_rn(-b, q, a), q);
+}
+constexpr bool calm_checked = true;
+HD float multiply_add(float a, float b, float c) { return a * b + c; }
+HD float decayed(bool acts, float p, float decay, float lr, float delta) {
+  return acts ? delta + p * decay * lr : delta;
+}
 #endif
+constexpr bool widens = false;
 #else
+HD float multiply_add(float a, float b, float c) { return a * b + c; }
+HD float decayed(bool acts, float p, float decay, float lr, float delta) {
+  return acts ? delta + p * decay * lr : delta;
+}
 constexpr bool early_roots = true;  // a root that only a code needs is taken with the step, where it hides
 HD float over(float a, float b) { return a / b; }
 HD u32 bits(float x) {
@@ -94,6 +132,10 @@ HD double bits_to_double(u64 x) {
   return y;
 }
 HD float root(float x) { return __builtin_sqrtf(x); }
+HD float root_near(float x) { return root(x); }
+HD float root_calm(float x) { return root(x); }
+HD float over_calm(float a, float b) { return a / b; }
+constexpr bool calm_checked = true;
 HD float root_of_normal(float x) { return root(x); }
 HD float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 HD double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
@@ -103,6 +145,30 @@ HD float nearest_of(float x) { return __builtin_rintf(x); }
 HD double nearest_of(double x) { return __builtin_rint(x); }
 HD float size(float x) { return __builtin_fabsf(x); }
 HD double size(double x) { return __builtin_fabs(x); }
+// out[i] = bytes[i]: a loop that has bytes in it works on as many elements at a time as a register holds bytes, four
+// times as many as it can work on. Only where one instruction does 16.
+#if defined(__GNUC__) && defined(__AVX512F__)
+constexpr bool widens = true;
+template <class T>
+HD void widen(const T* bytes, int* out, int n) {
+  typedef T Bytes __attribute__((vector_size(16), aligned(1), may_alias));
+  typedef int Ints __attribute__((vector_size(64)));
+  int i = 0;
+  for (; i + 16 <= n; i += 16) {
+    Ints some;
+    if constexpr (T(-1) < T(0))
+      asm("vpmovsxbd %1, %0" : "=v"(some) : "m"(*(const Bytes*)(bytes + i)));
+    else
+      asm("vpmovzxbd %1, %0" : "=v"(some) : "m"(*(const Bytes*)(bytes + i)));
+    __builtin_memcpy(out + i, &some, sizeof some);
+  }
+  for (; i < n; i++) out[i] = bytes[i];
+}
+#else
+constexpr bool widens = false;
+template <class T>
+HD void widen(const T*, int*, int) {}
+#endif
 // out[i] = table[nibble i], of 16 entries; the low nibble of a byte comes first; n even.
 HD void look_up(const float* table, const u8* bytes, float* out, int n) {
   int i = 0;

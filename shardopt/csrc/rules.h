@@ -35,16 +35,20 @@ struct AdamW : Unasking {  // numbers: lr, beta1, beta2, eps
             (float)(n[0] / bias1)};
   }
   HD static double decay(const double* n, double) { return n[2]; }
+  HD static bool calm(const Scalars& h) {
+    return !ATAN2 && h.inverse_root <= 1024 && h.eps >= h.inverse_root * 0x1p-38f && h.eps <= 1024;
+  }
   template <class S>
   HD static float update(float, float g, S& s, const Scalars& h) {
     float v = s.template recur<MOMENTUM ? 1 : 0>(h.beta2, g * g * h.rest2);  // first, since its root takes longest
-    float r = root(v) * h.inverse_root, m = g;
+    const float r = s.root(v);
+    float m = g;
     if constexpr (MOMENTUM) {
       m = s.template recur<0>(h.beta1, g * h.rest1);
       if constexpr (NESTEROV) m = m * h.beta1 + g * h.rest1;
     }
-    if constexpr (ATAN2) return (float)(atan2((double)m, (double)r) * (4 / 3.14159265358979323846));
-    return over(m, r + h.eps);
+    if constexpr (ATAN2) return (float)(atan2((double)m, (double)(r * h.inverse_root)) * (4 / 3.14159265358979323846));
+    return s.over(m, multiply_add(r, h.inverse_root, h.eps));
   }
 };
 
@@ -93,6 +97,7 @@ struct RMSprop : Unasking {  // numbers: lr, alpha, eps, momentum
             (float)n[0]};
   }
   HD static double decay(const double* n, double) { return n[1]; }
+  HD static bool calm(const Scalars& h) { return h.eps >= 0x1p-38f && h.eps <= 1024; }
   template <class S>
   HD static float update(float, float g, S& s, const Scalars& h) {
     float v = s.template recur<0>(h.alpha, g * g * h.rest);
@@ -102,7 +107,7 @@ struct RMSprop : Unasking {  // numbers: lr, alpha, eps, momentum
       v = v - mean * mean;
       v = v < 0 ? 0 : v;
     }
-    float u = over(g, root(v) + h.eps);
+    float u = s.over(g, s.root(v) + h.eps);
     if constexpr (MOMENTUM) u = s.template recur<1 + CENTERED>(h.momentum, u);
     return u;
   }

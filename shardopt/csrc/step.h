@@ -27,26 +27,33 @@ struct Span {
 // Where a span of a kernel that asks lies in its parameter, and where its sums go. Pieces of `high` rows x `wide`
 // columns are added up one after another by whoever takes them, so that no sum depends on who that is.
 struct Place {
-  i64 parameter, matrix;  // of the local stack
-  i64 line, column;       // its first among all local rows, and among the columns of all local matrices
-  i64 high, wide, across; // across: pieces beside each other
-  i64 rows0, cols0;       // where the sums of its rows and columns begin in the scratch memory, in doubles
-  i64 tile0;              // pieces of all spans before this one
+  i64 parameter;           // whose answers
+  i64 matrix;              // of the local stack; -1: there is no stack
+  i64 line, column;        // its first among all local rows, and among the columns of all local matrices
+  i64 high, wide, across;  // across: pieces beside each other
+  i64 rows0, cols0;        // where the sums of its rows and columns begin in the scratch memory, in doubles
+  i64 tile0;               // pieces of all spans before this one
 };
 
-// What a kernel that asks knows of one parameter. The answers so far follow, in the order in which they were asked.
-template <int ASKS>
-struct Parameter {
-  i64 group;
+// What sums of pieces come to: out[i] = from[i] + from[count + i] + ..., n terms, i < count.
+struct Gather {
+  i64 from;          // in the scratch memory
+  const float* row;  // not null: n rows of a factored slot are added up instead
+  double* out;
+  i64 count, n;
+  i64 tile0;  // CTAs of all before this one
+};
+
+// The rows or columns of a factored slot and the means that they move by, once nobody needs the old ones.
+struct Settle {
+  float* part;
+  const float* means;
   const float* step;
-  i64 first, last;                     // its spans
-  i64 matrices, rows, cols, stack;     // local; rows of a matrix; whether the view is a stack
-  float *row, *col;                    // the parts of a factored slot
-  double* out;                         // the sums of this pass, ask after ask
-  const void* answers[ASKS + 1];
+  i64 group, count;
+  i64 tile0;
 };
 
-// The last span that begins at or before a tile, the last place that does at or before a piece.
+// The last row that begins at or before a tile, a piece, a CTA.
 template <class Span>
 HD i64 span_of(const Span* spans, i64 count, i64 tile) {
   i64 at = 0, beyond = count;
@@ -124,8 +131,8 @@ struct Step {
   static constexpr int asks = direction_asks + Direction::asks;
   static constexpr bool stored = STORED;
   static constexpr bool by_row = factors || Gradient::by_row || Rule::answered;
+  static constexpr bool held(int pass) { return factors && pass > from_slot; }  // whether the slot's factors are known
   static constexpr int previews = stored ? (Rule::depth < Slots::blocked() ? Rule::depth : Slots::blocked()) : 0;
-  using Parameter = shardopt::Parameter<asks>;
 
   static constexpr Wants wants(int round) {
     return round < from_slot        ? Gradient::wants(round)
@@ -134,8 +141,8 @@ struct Step {
                                     : Direction::wants(round - from_direction);
   }
 
-  static constexpr bool weighs(int pass) {  // whether p is read in a pass
-    return pass == rounds || Gradient::weighs(pass) || (Rule::weighs && pass == from_rule);
+  static constexpr bool weighs(int pass) {  // whether p is read in a pass that only reads
+    return Gradient::weighs(pass) || (Rule::weighs && pass == from_rule);
   }
 
   HD static i64 across(const Span& s) { return (s.cols + tile - 1) / tile; }  // tiles of a row
@@ -161,36 +168,42 @@ struct Step {
 
   // The same with what the rounds before PASS have answered.
   template <int PASS>
-  HD static Scalars informed(const double* n, double t, Answers answers) {
+  HD static Scalars informed(const Span& s, const Place& place, const double* n, double t, Answers answers) {
     Scalars h = derive(n, t);
     const double *gradient = n + Rule::numbers, *direction = gradient + Gradient::numbers;
     Gradient::template learn<PASS>(gradient, answers, h.gradient);
     if constexpr (Rule::rounds > 0 && !Rule::answered && PASS > from_rule) {
-      Rule::learn(Heard<Rule>(answers + rule_asks, 1).x, n, t, h.rule);
+      Rule::learn(Heard<Rule, 1>(answers + rule_asks).x, n, t, h.rule);
       if constexpr (Rule::paced) h.lr = h.rule.pace;
     }
     Direction::template learn<PASS - from_direction>(direction, answers + direction_asks, h.direction);
+    if constexpr (held(PASS)) {
+      Answers a = answers + slot_asks;
+      const double decay = Rule::decay(n, t);
+      h.line.col = (const float*)s.part[Slots::part_of(factored) + 1];
+      h.line.cols = (const float*)a[Factored::COLS] + place.column;
+      h.line.decay = (float)decay;
+      h.line.mean = Factored::mean(a, decay, Rule::floor(n), place.matrix);
+    }
     return h;
+  }
+
+  // A row of what the rule asks for all elements, from the span's first column on: where a pass puts what it asks, and
+  // the passes after it find the answer.
+  HD static float* row_at(Answers answers, const Span& s, const Place& place, i64 row) {
+    return (float*)answers[rule_asks] + (place.line + row) * s.ld + place.column;
   }
 
   // And what is the row's own. row: of the span.
   template <int PASS>
-  HD static Scalars enter(const Scalars& known, const Span& s, const Place& place, const Parameter& parameter,
-                          const double* n, double t, i64 row) {
+  HD static Scalars enter(const Scalars& known, const Span& s, const Place& place, Answers answers, i64 row) {
     Scalars h = known;
-    Gradient::template enter<PASS>(parameter.answers, place.line + row, h.gradient);
-    if constexpr (Rule::answered && PASS > from_rule)
-      h.answer = (const float*)parameter.answers[rule_asks] + (place.line + row) * s.ld + place.column;
-    if constexpr (factors && PASS > from_slot) {
-      Answers a = parameter.answers + slot_asks;
-      constexpr int part = Slots::part_of(factored);
-      const double decay = Rule::decay(n, t);
-      h.line.decay = (float)decay;
-      h.line.col = (const float*)s.part[part + 1];
-      h.line.cols = (const float*)a[Factored::COLS] + place.column;
-      h.line.relative = Factored::moved((const float*)s.part[part], (const float*)a[Factored::ROWS] + place.line,
-                                        h.line.decay, row) /
-                        Factored::mean(a, decay, Rule::floor(n), place.matrix, parameter.stack != 0);
+    Gradient::template enter<PASS>(answers, place.line + row, h.gradient);
+    if constexpr (Rule::answered && PASS > from_rule) h.answer = row_at(answers, s, place, row);
+    if constexpr (held(PASS)) {
+      auto* part = (const float*)s.part[Slots::part_of(factored)];
+      auto* means = (const float*)answers[slot_asks + Factored::ROWS] + place.line;
+      h.line.relative = Factored::moved(part, means, h.line.decay, row) / h.line.mean;
     }
     return h;
   }

@@ -14,6 +14,10 @@ template <int PASS, bool PREVIEWS = false>
 struct Writing {
   static constexpr int pass = PASS;
   static constexpr bool previews = PREVIEWS;
+  template <class Line>
+  HD static float factor(const Line& line, i64 column, int, int) {  // of a factored slot
+    return line.value(column);
+  }
 };
 
 // One member of a team and its share of a tile: chunk c holds elements c * E * LANES + lane * E and following.
@@ -30,7 +34,7 @@ struct Member {
   template <int... I>
   static Leaves<Seq<I...>, Table<C<I>, tabled<I>>...> tables_of(Seq<I...>);
   decltype(tables_of(typename Count<slots>::type{})) tables[chunks];  // of the tile's blocks
-  float kept[slots + 1][chunks][E];
+  alignas(64) float kept[slots + 1][chunks][E];  // 64: no vector lies in two lines of a cache
   u32 most[slots + 1][chunks], fewest[slots + 1][chunks];  // bits of the extremes of this member's elements
 
   template <int I>
@@ -58,10 +62,12 @@ struct Member {
       int first = (c * LANES + lane) * E, count = n - first;
       if (!K::stored || count <= 0) begin(c);  // a step from what is stored reads the extremes that it previewed
       if (count <= 0) continue;
-      if (!in_registers && count >= E)
-        chunk<true>(s, h, noise, sink, row, column + first, E, c, true);
-      else
-        chunk<false>(s, h, noise, sink, row, column + first, count < E ? count : E, c, aligned && count >= E);
+      if constexpr (!in_registers && Sink::pass == K::rounds)  // passes that only read are compiled for any length alone
+        if (count >= E) {
+          chunk<true>(s, h, noise, sink, row, column + first, E, c, true);
+          continue;
+        }
+      chunk<false>(s, h, noise, sink, row, column + first, count < E ? count : E, c, aligned && count >= E);
     }
   }
   // The tables of all blocks, before any is needed: what a power costs is then hidden.
@@ -115,7 +121,11 @@ HD void Member<K, E, LANES, TILES>::chunk_of(const Span& s, const typename K::Sc
   using P = typename K::P;
   using G = typename K::G;
   constexpr int PASS = Sink::pass, contributions = PASS < K::rounds ? K::wants(PASS).values() : 0;
+#ifdef SHARDOPT_REGISTERS
+  const auto& h = scalars;
+#else
   const auto h = scalars;  // a copy whose address nobody has: it stays in registers
+#endif
   const auto draw = noise;
   auto* to = (typename P::T*)s.p + row * s.ld + column;
   constexpr bool all = FULL || in_registers;
@@ -169,8 +179,8 @@ HD void Member<K, E, LANES, TILES>::chunk_of(const Span& s, const typename K::Sc
       else
         return C<S>::decode((typename C<S>::Code)C<S>::encode(y, random));
     };
-    Cells<K, PASS, decltype(stored)> cells{old, fresh, want, 0, 0, stored};
-    if constexpr (K::factors && PASS > K::from_slot) cells.factor = h.line.value(column + e);
+    Cells<K, PASS, decltype(stored)> cells{old, fresh, want, 0, stored};
+    if constexpr (K::held(PASS)) cells.factor = sink.factor(h.line, column + e, c, e);
     if constexpr (K::Rule::answered && PASS > K::from_rule) cells.answer = h.answer[column + e];
     float u = K::template direction<PASS>(x, d, cells, h, want);
     if constexpr (later) {

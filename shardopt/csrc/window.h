@@ -50,16 +50,19 @@ struct Window {
 };
 
 // Codes of E elements; two of a byte are taken apart before the loop and put together after it. In memory, where a
-// block's 16 values are a table, they are looked up before the loop.
+// block's 16 values are a table, they are looked up before the loop, and bytes are widened before it.
 template <class C, int E, bool FULL>
 struct Codes {
   static constexpr bool all = FULL || in_registers;
   using T = typename C::Code;
+  static constexpr bool widened = widens && !in_registers && C::block > 0 && C::packed == 1 && sizeof(T) == 1;
   Window<T, E / C::packed> bytes;
   u8 apart[C::packed == 2 ? E : 1];
   float values[C::packed == 2 && !in_registers ? E : 1];
+  alignas(64) int ints[widened ? E : 1];
   HD void load(const T* from, int n, bool wide) {
     bytes.load(from, C::packed == 2 ? (n + 1) / 2 : n, wide);
+    if constexpr (widened) widen(from, ints, FULL ? E : n);
     if constexpr (C::packed == 2 && in_registers) {
       ELEMENTS for (int i = 0; i < (all ? E : n + 1) / 2; i++) {
         apart[2 * i] = bytes[i] & 15;
@@ -76,6 +79,8 @@ struct Codes {
   HD auto get(int i) {
     if constexpr (C::packed == 2) {
       return (int)apart[i];
+    } else if constexpr (widened) {
+      return ints[i];
     } else {
       return bytes[i];
     }

@@ -8,6 +8,10 @@ A cluster builds once into a shared folder ($SHARDOPT_CACHE) and every rank find
 import argparse
 import ast
 import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -36,16 +40,32 @@ def listing() -> None:
 
 def keys(options: argparse.Namespace) -> list[Key]:
     """The kernels that parameters of one recipe need, matrices and vectors. NoTwin where there are none."""
-    rule = RULES[options.rule](**{name: ast.literal_eval(value) for name, value in options.option})
+    try:
+        rule = RULES[options.rule](**dict(options.option))
+    except TypeError as error:
+        known = ", ".join(field.name for field in fields(RULES[options.rule]))
+        raise ValueError(f"--option: {options.rule} has {known} ({error})") from error
     recipe = Recipe(rule, options.state, options.addons, options.rounding)
     p, g = DTYPES[options.dtype], DTYPES[options.grad_dtype or options.dtype]
     found = [key_at(recipe, view, p, g) for view in VIEWS]
     return list(dict.fromkeys(found))
 
 
+def option(text: str) -> tuple[str, Any]:
+    """From `nesterov=True`."""
+    name, _, value = text.partition("=")
+    try:
+        return name, ast.literal_eval(value)
+    except (SyntaxError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE with a literal, as nesterov=True") from error
+
+
 def build(options: argparse.Namespace) -> None:
+    archs = options.arch.split(",")
+    if wrong := [arch for arch in archs if not re.fullmatch(r"cpu|sm_[1-9]\d+[af]?", arch)]:
+        raise ValueError(f"--arch {wrong[0]!r} is neither cpu nor a GPU's, such as sm_80, sm_90 or sm_100")
     for key in keys(options):
-        for arch in options.arch.split(","):
+        for arch in archs:
             if arch == "cpu":
                 cpu.library(key)
                 facts: dict[str, Any] = cpu.entry_of(key).facts()
@@ -55,11 +75,12 @@ def build(options: argparse.Namespace) -> None:
             print(f"{arch:7} {facts['seconds']:7.3f} s  {key.words}")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0; 2 where nothing was built, with the reason in one line."""
     parser = argparse.ArgumentParser(prog="python -m shardopt.kernels", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", nargs="?", choices=("list", "build"), default="list")
     parser.add_argument("--rule", choices=sorted(RULES), default="adamw")
-    parser.add_argument("--option", action="append", default=[], type=lambda text: tuple(text.split("=", 1)),
+    parser.add_argument("--option", action="append", default=[], type=option,
                         metavar="NAME=VALUE", help="of the rule, e.g. nesterov=True")  # fmt: skip
     parser.add_argument("--state", default="int8")
     parser.add_argument("--addons", nargs="*", default=["decay"])
@@ -68,14 +89,14 @@ def main() -> None:
     parser.add_argument("--grad-dtype", choices=sorted(DTYPES), help="of gradients, if another")
     parser.add_argument("--arch", default="cpu", help="comma-separated: cpu, sm_80, sm_90, sm_100, ...")
     parser.add_argument("--fast", action="store_true", help="GPU kernels with approximate division in the direction")
-    options = parser.parse_args()
-    if options.what == "list":
-        return listing()
+    options = parser.parse_args(arguments)
     try:
-        build(options)
-    except (NoTwin, NoCompiler) as why:
-        parser.error(f"nothing was built: {why}")
+        listing() if options.what == "list" else build(options)
+    except (NoTwin, NoCompiler, ValueError) as why:
+        print("nothing was built:", " ".join(str(why).split()), file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

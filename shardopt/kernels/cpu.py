@@ -18,8 +18,9 @@ import torch
 
 from shardopt.kernels.cache import CSRC, Entry, NoCompiler, ensure, name_of, obtained
 from shardopt.kernels.key import Key
+from shardopt.kernels.spans import CPU
 
-OPTIONS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fno-exceptions", "-Wno-psabi"]
+OPTIONS = ["-std=c++17", "-fPIC", "-shared", "-fno-exceptions", "-Wno-psabi"]
 OPTIONS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]  # none of them changes a value
 
 
@@ -55,14 +56,17 @@ def machine() -> str:
     return f"{platform.machine()} {hashlib.sha256(features().encode()).hexdigest()[:16]}"
 
 
-def options() -> list[str]:
+def options(key: Key) -> list[str]:
+    """Kernels that walk a tile more than once are several times as long: they do without what takes g++ longest."""
+    brief = key.passes and "clang" not in compiler()[1]
+    level = ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic"] if brief else ["-O3"]
     native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     wide = ["-mprefer-vector-width=512"] if "avx512f" in features() else []
-    return [*OPTIONS, native, *wide]
+    return [*level, *OPTIONS, native, *wide]
 
 
 def entry_of(key: Key, backend: str = "cpu") -> Entry:
-    return Entry(name_of("cpu", key.source(backend), compiler()[1], " ".join(options()), machine()), ".so")
+    return Entry(name_of("cpu", key.source(backend), compiler()[1], " ".join(options(key)), machine()), ".so")
 
 
 def build(keys: Sequence[Key], backend: str = "cpu") -> None:
@@ -74,7 +78,7 @@ def build(keys: Sequence[Key], backend: str = "cpu") -> None:
         jobs = []
         for i, key in enumerate(keys):
             (Path(folder) / f"{i}.cpp").write_text(key.source(backend))
-            jobs.append((key, [compiler()[0], *options(), f"-I{CSRC}", f"{i}.cpp", "-o", f"{i}.so"]))
+            jobs.append((key, [compiler()[0], *options(key), f"-I{CSRC}", f"{i}.cpp", "-o", f"{i}.so"]))
         began = time.perf_counter()
         run(folder, [[*command, "-fopenmp"] for _, command in jobs])
         seconds = (time.perf_counter() - began) / len(jobs)
@@ -127,7 +131,9 @@ def load(key: Key) -> "Stepper":
 
 
 class Stepper:
-    """Calls a native step; the same interface as `launcher.Launcher`."""
+    """Calls a native step; the same interface as `launcher.Launcher` and `pass_launcher.PassLauncher`."""
+
+    cut = CPU
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, number = ctypes.c_void_p, ctypes.c_longlong
@@ -143,26 +149,39 @@ class Stepper:
         numbers: Sequence[Any],
         counters: np.ndarray,
         taken: Any = None,
-        asked: np.ndarray | None = None,
     ) -> None:
-        """Step everything, with torch's number of threads. taken: a flag of another device is read (offloading).
-        asked: what a kernel that asks is told besides, the twin of `Asked` in csrc/cpu.h."""
+        """Step everything, with torch's number of threads. taken: a flag of another device is read (offloading)."""
+        self.write(spans, tiles, self.prepared(numbers), counters, taken)
+
+    def prepared(self, numbers: Sequence[Any]) -> np.ndarray:
+        """The numbers of every group as `sums` and `write` take them."""
+        return np.array([[float(x) for x in row] for row in numbers], dtype=np.float64)
+
+    def sums(self, which: int, spans: np.ndarray, numbers: np.ndarray, asked: Any, taken: Any = None) -> None:
+        """What is asked in round `which`, added up over what is local."""
+        scratch = np.empty(asked.scratch)
+        besides = told(asked, scratch.ctypes.data)
+        self.add_up(
+            which, spans.ctypes.data, len(spans), numbers.ctypes.data, numbers.shape[1],
+            torch.get_num_threads(), besides.ctypes.data,
+        )  # fmt: skip
+
+    def write(
+        self, spans: np.ndarray, tiles: int, numbers: np.ndarray, counters: np.ndarray, taken: Any, asked: Any = None
+    ) -> None:
+        """The step itself; asked: what a kernel that asks is told besides, answers included."""
         if taken is not None and not bool(taken):
             return
-        values = doubles(numbers)
+        besides = None if asked is None else told(asked)
         self.step(
-            spans.ctypes.data, len(spans), tiles, values.ctypes.data, values.shape[1],
-            counters.ctypes.data, len(counters), torch.get_num_threads(), None if asked is None else asked.ctypes.data,
-        )  # fmt: skip
-
-    def sums(self, which: int, spans: np.ndarray, numbers: Sequence[Any], asked: np.ndarray) -> None:
-        """What is asked in round `which`, added up over what is local."""
-        values = doubles(numbers)
-        self.add_up(
-            which, spans.ctypes.data, len(spans), values.ctypes.data, values.shape[1],
-            torch.get_num_threads(), asked.ctypes.data,
+            spans.ctypes.data, len(spans), tiles, numbers.ctypes.data, numbers.shape[1], counters.ctypes.data,
+            len(counters), torch.get_num_threads(), None if besides is None else besides.ctypes.data,
         )  # fmt: skip
 
 
-def doubles(numbers: Sequence[Any]) -> np.ndarray:
-    return np.array([[float(x) for x in row] for row in numbers], dtype=np.float64)
+def told(asked: Any, scratch: int = 0) -> np.ndarray:
+    """The twin of `Asked` in csrc/cpu.h. asked: of `shardopt.kernels.passes`."""
+    gathers, settles = asked.gathers.rows, asked.settles.rows
+    head = asked.places.ctypes.data, asked.answers.ctypes.data, asked.pieces, scratch
+    rest = gathers.ctypes.data, len(gathers), settles.ctypes.data, len(settles)
+    return np.array([*head, *rest], dtype=np.int64)

@@ -2,6 +2,7 @@
 
 import re
 import time
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from shardopt.kernels.cache import CSRC, Entry, NoCompiler, name_of, obtained
 from shardopt.kernels.key import Key
 from shardopt.kernels.launcher import THREADS, Launcher
+from shardopt.kernels.pass_launcher import PassLauncher
 
 OPTIONS = ["--std=c++17", "--fmad=false", "--device-as-default-execution-space", "--ptxas-options=-v"]
 FAST = "--define-macro=SHARDOPT_FAST=1"  # approximate division in the direction u, never in an encode
@@ -59,12 +61,15 @@ def entry_of(key: Key, arch: str, fast: bool = False) -> Entry:
 
 def build(key: Key, arch: str, fast: bool) -> None:
     began = time.perf_counter()
-    for ctas in CTAS:
-        given = [*options(arch, fast), f"--define-macro=SHARDOPT_CTAS={ctas}"]
+    ctas = dict.fromkeys(key.kernels, CTAS[0])
+    while True:
+        given = [*options(arch, fast), *(f"--define-macro=SHARDOPT_CTAS_{name}={n}" for name, n in ctas.items())]
         cubin, log = compile_source(key.source("cuda"), given)
-        report = report_of(log)
-        if not report["stack"]:
+        kernels = {name: report_of(log, name) for name in ctas}
+        spilling = [name for name, n in ctas.items() if kernels[name]["stack"] and n > CTAS[-1]]
+        if not spilling:
             break
+        ctas.update({name: CTAS[CTAS.index(ctas[name]) + 1] for name in spilling})
     entry_of(key, arch, fast).write(
         cubin,
         key=key.words,
@@ -72,7 +77,8 @@ def build(key: Key, arch: str, fast: bool) -> None:
         seconds=round(time.perf_counter() - began, 3),
         compiler=f"NVRTC {bindings()[2]}",
         options=given,
-        report=report,
+        report={what: max(report[what] for report in kernels.values()) for what in kernels[next(iter(kernels))]},
+        kernels=kernels,
         log=log,
     )
 
@@ -106,9 +112,9 @@ def said(answer: tuple[Any, ...]) -> Any:
     return answer[1] if len(answer) > 1 else None
 
 
-def report_of(log: str) -> dict[str, int]:
-    """What the assembler says of shardopt_step: registers, and bytes of stack, spills and shared memory."""
-    about = log[log.index("Compiling entry function 'shardopt_step'") :]
+def report_of(log: str, kernel: str) -> dict[str, int]:
+    """What the assembler says of a kernel: registers, and bytes of stack, spills and shared memory."""
+    about = log.split(f"Compiling entry function 'shardopt_{kernel}'")[1].split("Compiling entry function")[0]
     wanted = {
         "registers": r"Used (\d+) registers",
         "stack": r"(\d+) bytes stack frame",
@@ -128,17 +134,16 @@ def compiled(key: Key, arch: str, fast: bool = False) -> bytes:
 class Module:
     """The kernels of a cubin on one device, started on torch's current stream there."""
 
-    def __init__(self, cubin: bytes, device: torch.device) -> None:
+    def __init__(self, cubin: bytes, device: torch.device, kernels: Iterable[str]) -> None:
         self.device = device
         self.driver = bindings()[1]
         self.processors = torch.cuda.get_device_properties(device).multi_processor_count
         with torch.cuda.device(device):
             torch.zeros((), device=device)  # the context exists from here on
+            names = [f"shardopt_{kernel}" for kernel in (*kernels, "advance")]
             self.library = said(self.driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0))
-            names = ("shardopt_step", "shardopt_advance")
-            self.kernels = {
-                name: int(said(self.driver.cuLibraryGetKernel(self.library, name.encode()))) for name in names
-            }
+            found = [said(self.driver.cuLibraryGetKernel(self.library, name.encode())) for name in names]
+            self.kernels = dict(zip(names, map(int, found)))
 
     def launch(self, kernel: str, ctas: int, parameter: np.ndarray) -> None:
         """See `launcher.Driver`."""
@@ -153,4 +158,5 @@ class Module:
 def load(key: Key, device: torch.device, fast: bool = False) -> Launcher:
     """The native step of a key on a device (with its index), compiled if it has to be. NoCompiler where it cannot."""
     arch = arch_of(torch.cuda.get_device_capability(device))
-    return Launcher(key, Module(compiled(key, arch, fast), device))
+    launcher = PassLauncher if key.rounds else Launcher
+    return launcher(key, Module(compiled(key, arch, fast), device, key.kernels))

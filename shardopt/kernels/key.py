@@ -54,9 +54,14 @@ class Key:
         return FACTORED in self.rounds
 
     @property
+    def sums_rows(self) -> bool:
+        """Whether rows of the view are summed."""
+        return any("row means" in asked for asked in self.rounds)
+
+    @property
     def placed(self) -> bool:
         """Whether it matters in which row and column an element lies."""
-        return self.noisy or bool(self.blocks) or any("row means" in asked for asked in self.rounds)
+        return self.noisy or bool(self.blocks) or self.sums_rows
 
     @property
     def tile(self) -> int:
@@ -69,10 +74,21 @@ class Key:
     def source(self, backend: str) -> str:
         """The translation unit: `backend` is cpu, cuda or emulated."""
         tables = "".join(table_source(name) for name in TABLES if f", {name}>" in self.cpp)
-        return (
-            f'#include "{backend}.h"\nnamespace shardopt {{\n{tables}using Key = {self.cpp};\n}}\n'
-            f"SHARDOPT_{backend.upper()}(shardopt::Key)\n"
-        )
+        macro = f"SHARDOPT_{backend.upper()}"
+        kernels = [f"{macro}(shardopt::Key)\n"]
+        if backend != "cpu":
+            kernels = [f"{macro}({name}, shardopt::{of})\n" for name, of in self.kernels.items()]
+        head = f'#include "{backend}.h"\nnamespace shardopt {{\n{tables}using Key = {self.cpp};\n}}\n'
+        return head + "".join(kernels)
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """A GPU's kernels, by name, and the structs of csrc that they run."""
+        if not self.rounds:
+            return {"step": "Stepping<shardopt::Key>"}
+        passes = {f"pass{i}": f"Pass<shardopt::Key, {i}>" for i in range(len(self.rounds) + 1)}
+        settles = {"settle": "Settling<shardopt::Key>"} if self.factored else {}
+        return {**passes, "gather": "Gathering", **settles}
 
 
 @lru_cache(maxsize=4096)

@@ -1,14 +1,14 @@
 """A step on a GPU: spans, numbers and counters packed into the parameters of as few launches as hold them."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from shardopt.kernels.key import Key
-from shardopt.kernels.spans import GROUP, TILE0
+from shardopt.kernels.spans import GPU, GROUP, TILE0
 
 ROOM = 4089  # words of 8 bytes after the head of `Packed` in csrc/warp.h; a kernel's parameters hold 32,764 bytes
 THREADS, WARPS = 256, 8  # of a CTA
@@ -23,11 +23,30 @@ class Driver(Protocol):
     processors: int
 
     def launch(self, kernel: str, ctas: int, parameter: np.ndarray) -> None:
-        """Start shardopt_step or shardopt_advance on the current stream; `parameter` is copied before this returns."""
+        """Start a kernel on the current stream; `parameter` is copied before this returns."""
+
+
+class Numbers(NamedTuple):
+    """Of every group: values, and pointers to those that lie on the device, where some do; `alive` holds these."""
+
+    values: np.ndarray
+    pointers: np.ndarray | None
+    alive: list[Tensor]
+
+    @property
+    def words(self) -> int:
+        """Of a group, in a launch."""
+        return self.values.shape[1] * (1 + (self.pointers is not None))
+
+    def of(self, low: int, high: int) -> list[np.ndarray]:
+        """What a launch is given of these groups."""
+        return [part[low:high] for part in (self.values, self.pointers) if part is not None]
 
 
 class Launcher:
     """The native step of a key on one device."""
+
+    cut = GPU
 
     def __init__(self, key: Key, driver: Driver) -> None:
         self.key, self.driver = key, driver
@@ -43,27 +62,29 @@ class Launcher:
         """Step everything. spans: (n, words) int64, of `tiles` tiles; numbers: of every group, where a 0-d tensor on
         the device is read when the kernel runs; counters: pointers to the step counts; taken: 0-d bool on the device,
         False: nothing is written. Reads nothing back."""
-        flag = 0 if taken is None else taken.data_ptr()
-        values, pointers, alive = self.split(numbers)
+        flag = flag_of(taken)
+        split = self.prepared(numbers)
         bases = np.append(spans[:, TILE0], tiles)
-        for first, last in cuts(spans[:, GROUP], spans.shape[1], values.shape[1] * (1 + (pointers is not None))):
+        for first, last in cuts(spans, [(spans[:, GROUP], split.words)], ROOM):
             rows = spans[first:last].copy()
             low, high = int(rows[:, GROUP].min()), int(rows[:, GROUP].max()) + 1
             rows[:, GROUP] -= low
             rows[:, TILE0] -= bases[first]
             here = int(bases[last] - bases[first])
             per = tiles_of_a_cta(here, self.driver.processors)
-            found = [values[low:high]] + ([] if pointers is None else [pointers[low:high]])
-            words = [part.reshape(-1).view(np.int64) for part in (*found, rows)]
-            head = (last - first, here, per, values[low:high].size, pointers is not None, flag)
-            self.driver.launch("shardopt_step", -(-here // per), packed(head, words))
+            head = (last - first, here, per, split.values[low:high].size, split.pointers is not None, flag)
+            self.driver.launch("shardopt_step", -(-here // per), packed(head, [*split.of(low, high), rows]))
+        self.advance(counters, flag)
+        del split  # the stream's order protects what the allocator gives away from here on
+
+    def advance(self, counters: np.ndarray, flag: int) -> None:
+        """Count the step."""
         for start in range(0, len(counters), ROOM):  # only now: every kernel above has read them
             some = counters[start : start + ROOM]
             self.driver.launch("shardopt_advance", -(-len(some) // THREADS), packed((len(some), flag), [some]))
-        del alive  # the stream's order protects what the allocator gives away from here on
 
-    def split(self, numbers: Sequence[Sequence[float | Tensor]]) -> tuple[np.ndarray, np.ndarray | None, list[Tensor]]:
-        """The numbers, the pointers to those on the device, and what these point to."""
+    def prepared(self, numbers: Sequence[Sequence[float | Tensor]]) -> Numbers:
+        """What launches are given of the numbers."""
         alive: list[Tensor] = []
 
         def pointer(x: Any) -> int:
@@ -74,27 +95,38 @@ class Launcher:
 
         pointers = np.array([[pointer(x) for x in row] for row in numbers], dtype=np.int64)
         values = [[0.0 if at else float(x) for x, at in zip(*pair)] for pair in zip(numbers, pointers)]
-        return np.array(values, dtype=np.float64), pointers if alive else None, alive
+        return Numbers(np.array(values, dtype=np.float64), pointers if alive else None, alive)
+
+
+def flag_of(taken: Tensor | None) -> int:
+    """Its address; 0: a step is taken."""
+    return 0 if taken is None else taken.data_ptr()
 
 
 def packed(head: Sequence[int], words: Sequence[np.ndarray]) -> np.ndarray:
     """A kernel's parameter: always all of it, since the driver copies as much as the kernel declares."""
     parameter = np.zeros(6 + ROOM, dtype=np.int64)
-    content = np.concatenate([np.array(head, dtype=np.int64), *words])
+    content = np.concatenate([np.array(head, dtype=np.int64), *(part.reshape(-1).view(np.int64) for part in words)])
     parameter[: len(content)] = content
     return parameter
 
 
-def cuts(groups: np.ndarray, span_words: int, group_words: int) -> Iterator[tuple[int, int]]:
-    """Ranges of spans, each of which fits into one launch together with the numbers of its groups."""
+def cuts(rows: np.ndarray, shared: Sequence[tuple[np.ndarray, int]], room: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows, each of which fits into one launch together with what its rows share.
+
+    shared: (of every row the index of what it shares, words of one such), say of groups.
+    """
+    count, words = rows.shape
     first = 0
-    while first < len(groups):
-        here = groups[first : first + ROOM // span_words]
-        spread = np.maximum.accumulate(here) - np.minimum.accumulate(here) + 1
-        words = span_words * np.arange(1, len(here) + 1) + group_words * spread
-        count = max(1, int(np.searchsorted(words, ROOM, side="right")))
-        yield first, first + count
-        first += count
+    while first < count:
+        most = min(count - first, room // words)
+        needed = words * np.arange(1, most + 1)
+        for indices, each in shared:
+            here = indices[first : first + most]
+            needed += each * (np.maximum.accumulate(here) - np.minimum.accumulate(here) + 1)
+        fits = max(1, int(np.searchsorted(needed, room, side="right")))
+        yield first, first + fits
+        first += fits
 
 
 def tiles_of_a_cta(tiles: int, processors: int) -> int:

@@ -12,18 +12,19 @@ from torch import Tensor
 
 from shardopt.asks import Asking
 from shardopt.kernels import cpu, cuda
+from shardopt.kernels.bucket import Bucket
 from shardopt.kernels.cache import NoCompiler
 from shardopt.kernels.call import Call
 from shardopt.kernels.key import Key, check_recipe, key_of
-from shardopt.kernels.passes import Buckets
-from shardopt.kernels.replay import Agreed, Prelude, Replay, facts_of
+from shardopt.kernels.passes import AskingCall, Buckets
+from shardopt.kernels.replay import Above, Prelude, Replay, Taken, facts_of
 from shardopt.kernels.spans import Shape, parts_of, shape_of
 from shardopt.kernels.survey import Survey, possible
 from shardopt.kernels.twins import NoTwin
 
 OFF = os.environ.get("SHARDOPT_FUSED") == "0"  # for machines whose compiler must not be used
 SAID: set[str] = set()
-WIDEST_GPU = 2048  # elements of a block: 211 registers
+WIDEST_GPU = 2048  # elements of a block: 211 registers; half of it where columns are summed too: 223
 
 
 class Found(NamedTuple):
@@ -49,6 +50,8 @@ class Native:
         self.replay: Replay | None = None
         self.prelude: Prelude | None = None  # of the step under way, if it has one and kernels surveyed for it
         self.fresh = False  # whether `calls` are those of the step under way
+        self.alone: tuple[Sequence[Any], Sequence[Call]] = (), ()  # of the step under way: items and what steps them
+        self.asking: list[tuple[Sequence[Any], Sequence[AskingCall]]] = []  # the same, bucket by bucket
         self.found: dict[Any, tuple[Found | str, Any]] = {}
 
     @classmethod
@@ -76,7 +79,7 @@ class Native:
         steps; taken: 0-d bool on the device, False: nothing is written. ValueError, before anything is written, where
         kernels are required."""
         before = prologue(policy)
-        calls: dict[str, Call] = {}
+        calls: dict[Any, Call] = {}
         left: list[Any] = []
         gradients: list[Tensor] = []
         self.prepare([*items, *others], before)
@@ -85,9 +88,10 @@ class Native:
             if isinstance(found, str):
                 left.append(item)
                 continue
-            if found.key.cpp not in calls:
-                calls[found.key.cpp] = Call(found.key.cpp, found.step)
-            calls[found.key.cpp].add(item, found.key, found.shape, len(gradients))
+            place = found.key.cpp, item.p.device
+            if place not in calls:
+                calls[place] = Call(found.key.cpp, found.step)
+            calls[place].add(item, found.key, found.shape, len(gradients))
             gradients.append(item.grad.contiguous())
         refused = [*left, *(item for item in others if isinstance(self.find(item, before), str))]
         if self.required and refused:
@@ -99,6 +103,7 @@ class Native:
             call.run(addresses, numbers, taken)
         self.calls, self.stepped, self.left = list(calls.values()), len(gradients), len(refused)
         self.asked, self.fresh = 0, True
+        self.alone, self.asking = (items, self.calls[:]), []
         return left
 
     def passes(
@@ -111,6 +116,7 @@ class Native:
         gradients = [item.grad.contiguous() for item in bucket]
         addresses = np.array([gradient.data_ptr() for gradient in gradients], dtype=np.int64)
         numbers = {**totals, "grad_scale": policy.grad_scale}
+        self.asking.append((bucket, calls))
         self.calls += calls
         self.stepped += len(bucket) - len(left)
         self.asked += len(bucket) - len(left)
@@ -132,26 +138,40 @@ class Native:
         self.prelude = Prelude(survey, shares, meshes)
         return survey.run(np.array([g.data_ptr() for g in gradients], dtype=np.int64), policy)
 
-    def remember(self, groups: Sequence[Any], recipes: Sequence[Any], states: Any, policy: Any) -> None:
-        """Keep the step just taken for `again`, if kernels did all of it."""
-        took_part = sum(p.grad is not None for group in groups for p in group["params"])
+    def remember(
+        self, items: Sequence[Any], groups: Sequence[Any], recipes: Sequence[Any], states: Any, policy: Any
+    ) -> None:
+        """Keep the step just taken, of all these items, for `again`, if kernels did all of it."""
         known = self.prelude is not None or not has_prelude(recipes, policy)
-        self.replay = None
-        if self.fresh and known and self.stepped - self.asked == took_part:
-            replay = Replay(groups, states, facts_of(groups, recipes, policy), self.calls, self.prelude)
+        standing = all(
+            len({call.out.device for call in calls}) == 1 and all(call.standing for call in calls)
+            for _, calls in self.asking
+        )
+        if self.fresh and known and standing and self.stepped == len(items):
+            at = {id(item): i for i, item in enumerate(items)}
+            buckets = [
+                Bucket(calls, [item.layout for item in bucket], [at[id(item)] for item in bucket])
+                for bucket, calls in self.asking
+            ]
+            alone, calls = self.alone
+            last = Taken(self.prelude, [at[id(item)] for item in alone], calls, buckets)
+            replay = Replay(groups, states, facts_of(groups, recipes, policy), last)
             self.replay = replay if replay.possible else None
-        self.fresh, self.prelude = False, None
+        self.fresh, self.prelude, self.alone, self.asking = False, None, ((), ()), []
 
     def again(
-        self, groups: Sequence[Any], recipes: Sequence[Any], states: Any, policy: Any, answers: Any, agreed: Agreed
+        self, groups: Sequence[Any], recipes: Sequence[Any], states: Any, policy: Any, above: Above
     ) -> tuple[Tensor | None] | None:
         """Take the last step again, with the gradients and numbers of now; None where it must be looked at anew.
 
         Returns (whether the step was taken,), as `shardopt.prelude.agreed` has it.
         """
-        if self.replay is None:
+        replay, self.replay, self.prelude = self.replay, None, None  # a step that raises is not taken again
+        if replay is None:
             return None
-        return self.replay.run(groups, states, facts_of(groups, recipes, policy), policy, answers, agreed)
+        taken = replay.run(groups, states, facts_of(groups, recipes, policy), policy, above)
+        self.replay = None if taken is None else replay
+        return taken
 
     @property
     def ran(self) -> list[str]:
@@ -195,8 +215,9 @@ class Native:
     def look(self, item: Any, before: tuple[str, ...]) -> Found:
         key = key_of_item(item, before)
         parts = parts_of(item.codecs, item.layout)
-        shape = shape_of(item.layout.geo, key, parts, item.p.element_size(), item.grad.element_size())
-        return Found(key, self.load(key, item.p.device), shape)
+        step = self.load(key, item.p.device)
+        shape = shape_of(item.layout.geo, key, parts, item.p.element_size(), item.grad.element_size(), step.cut)
+        return Found(key, step, shape)
 
     def compiler(self, device: torch.device) -> str:
         """What compiles for a device; NoTwin or NoCompiler where nothing does. GPU kernels have not run on one yet."""
@@ -244,10 +265,10 @@ def key_for(
     if device.type not in ("cpu", "cuda"):
         raise NoTwin(f"there are no kernels for {device.type}")
     key = key_of(recipe, tuple(codecs.items()), *dtypes, before, len(layout.geo.view) > 1)
-    if device.type == "cuda" and key.rounds:
-        raise NoTwin("what asks has kernels for CPUs only")
-    if device.type == "cuda" and max(key.blocks, default=0) > WIDEST_GPU:
-        raise NoTwin(f"blocks of more than {WIDEST_GPU} elements do not fit a GPU's registers")
+    widest = WIDEST_GPU // 2 if key.factored else WIDEST_GPU
+    if device.type == "cuda" and max(key.blocks, default=0) > widest:
+        beside = " beside the columns of a factored slot" if key.factored else ""
+        raise NoTwin(f"blocks of more than {widest} elements do not fit a GPU's registers{beside}")
     if any(layout.geo.straddles(getattr(codec, "block", 1)) for codec in codecs.values()):
         raise NoTwin("blocks lie on several ranks")
     return key

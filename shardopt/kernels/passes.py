@@ -2,8 +2,9 @@
 
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,11 +14,29 @@ from shardopt.asks import Ask, Asking, Mean, Sum, Whole
 from shardopt.kernels.call import Call
 from shardopt.kernels.key import Key
 from shardopt.kernels.spans import PARAMETER, PIECE0, ROWS0, Places, Shape
-from shardopt.kernels.twins import WHOLE, Round
+from shardopt.kernels.twins import FACTORED, WHOLE, Round
 from shardopt.rules import Hyper
 
-# columns of a `Parameter` of csrc/step.h; the pointers of the answers follow
-FIRST, LAST, MATRICES, HEIGHT, WIDTH, STACK, ROW, COL, OUT, ANSWERS = range(2, 12)
+MEANS = 1  # a column of a `Settle` of csrc/step.h
+LANES, SETTLED = 32, 1 << 10  # results of a CTA, see csrc/passes.h
+
+
+class Rows(NamedTuple):
+    """Rows of a struct of csrc/step.h; ctas: that a GPU has for all of them, each row ends with those before it."""
+
+    rows: np.ndarray
+    ctas: int
+
+
+class Asked(NamedTuple):
+    """What a call of a kernel that asks is told besides. scratch: doubles that the sums of pieces take."""
+
+    places: np.ndarray
+    pieces: int
+    scratch: int
+    answers: np.ndarray  # (parameters, asks): pointers, in the order in which they were asked
+    gathers: Rows
+    settles: Rows
 
 
 class AskingCall(Call):
@@ -29,25 +48,23 @@ class AskingCall(Call):
     def __init__(self, key: Key, function: Any) -> None:
         super().__init__(key.cpp, function)
         self.rounds = key.rounds
-        self.about: list[list[int]] = []
+        self.kinds = [function.cut.kind(key, asked) for asked in key.rounds]
+        self.tables = {kind: Table() for kind in self.kinds}
         self.views: list[tuple[int, ...]] = []
-        self.tables = {by: Table() for by in {"column means" in asked for asked in key.rounds}}
-        self.spans_before = 0
+        self.owners: list[int] = []  # whose numbers
+        self.lines: list[tuple[int, int]] = []  # pointers to the rows and columns of a factored slot
         self.whole: list[tuple[Any, Mapping[str, Any], tuple[int, ...]]] = []  # rule, group, GLOBAL view
         self.adjusted: dict[tuple[int, float], Mapping[str, Any]] = {}
 
     def add(self, item: Any, key: Key, shape: Shape, member: int) -> None:
         super().add(item, key, shape, member)
-        local = item.layout.geo.local
         for by, table in self.tables.items():
             table.add(shape.places[by], len(self.views))
-        first = self.spans_before
-        self.spans_before += len(shape.offsets)
-        matrices, rows = (prod(local[:-2]), local[-2]) if len(local) > 1 else (1, 1)
-        lines = {part.line: item.state[part.name].data_ptr() for part in shape.parts if part.line}
-        about = [first, self.spans_before, matrices, rows, local[-1], len(local) > 2, lines.get("row", 0)]
-        self.about.append([len(self.groups) - 1, self.steps[-1], *about, lines.get("column", 0)])
-        self.views.append(local)
+        parts = {part.line: item.state[part.name].data_ptr() for part in shape.parts if part.line}
+        self.lines.append((parts.get("row", 0), parts.get("column", 0)))
+        self.views.append(item.layout.geo.local)
+        self.owners.append(len(self.groups) - 1)
+        self.device = item.p.device
         self.whole.append((item.recipe.rule, item.group, item.layout.geo.view))
 
     def numbers_of(self, item: Any) -> Mapping[str, Any]:
@@ -56,73 +73,108 @@ class AskingCall(Call):
         factor = item.recipe.rule.factor(item.layout.geo.view)
         return self.adjusted.setdefault((id(item.group), factor), ChainMap({"factor": factor}, item.group))
 
+    @property
+    def standing(self) -> bool:
+        """Whether it asks the same in every step, but for the numbers."""
+        return WHOLE not in self.rounds
+
     def close(self) -> None:
         super().close()
-        answers = sum(len(asked) for asked in self.rounds)
-        self.parameters = np.zeros((len(self.views), ANSWERS + answers + 1), dtype=np.int64)
-        self.parameters[:, :OUT] = self.about
-        most = max(map(len, self.rounds), default=0)  # Adafactor may ask nothing
-        for table in self.tables.values():
-            table.close(most)
-        self.lay_out()
-
-    def lay_out(self) -> None:
-        """Where the sums of every pass are put, and the asks that hold them."""
+        for kind, table in self.tables.items():
+            table.close(max(values_of(asked) for asked, its in zip(self.rounds, self.kinds) if its == kind))
+        self.answers = np.zeros((len(self.views), sum(map(len, self.rounds))), dtype=np.int64)
+        self.settles = self.settling()
         sizes = [[sum(size_of(word, view) for word in asked) for view in self.views] for asked in self.rounds]
-        self.out = torch.zeros(sum(map(sum, sizes)), dtype=torch.float64)
-        begins = np.concatenate(([0], np.cumsum(sizes).ravel()))[:-1].reshape(len(self.rounds), len(self.views))
-        self.outs = self.out.data_ptr() + 8 * begins
+        self.out = torch.zeros(sum(map(sum, sizes)), dtype=torch.float64, device=self.device)
+        begins = np.concatenate(([0], np.cumsum(sizes).ravel())).astype(np.int64)[:-1].reshape(-1, len(self.views))
         self.asks: list[dict[int, tuple[Ask, ...]]] = []
-        for asked, starts in zip(self.rounds, begins.tolist()):
+        self.told: list[Asked] = []
+        for asked, kind, starts in zip(self.rounds, self.kinds, begins):
             self.asks.append(
                 {
                     member: tuple(asks_of(asked, view, self.out, start))
-                    for member, view, start in zip(self.members, self.views, starts)
+                    for member, view, start in zip(self.members, self.views, starts.tolist())
                 }
             )
+            table = self.tables[kind]
+            gathers = self.gathering(asked, table, self.out.data_ptr() + 8 * starts)
+            self.told.append(Asked(table.rows, table.pieces, table.scratch, self.answers, gathers, self.settles))
+
+    def gathering(self, asked: Round, table: "Table", outs: np.ndarray) -> Rows:
+        """What the sums of pieces come to, parameter by parameter: rows of a `Gather`."""
+        found: list[Any] = []
+        for view, (row, _), (first, sums, places), out in zip(self.views, self.lines, table.places, outs):
+            if asked == WHOLE:
+                continue
+            if "row means" not in asked:
+                found.append([[first * len(asked), 0, out, len(asked), places.pieces]])
+                continue
+            found.append(gathers_of(places.lines, sums, out))
+            if "column means" in asked:
+                matrices = prod(view[:-2])
+                by_column = out + 8 * prod(view[:-1])
+                whole = by_column + 8 * matrices * view[-1]
+                old = whole + 8 * matrices
+                found.append(gathers_of(places.columns, sums, by_column))
+                found.append(gathers_of(places.matrices, first, whole))
+                found.append([[0, row + 4 * view[-2] * i, old + 8 * i, 1, view[-2]] for i in range(matrices)])
+        rows = np.concatenate([np.array(some, dtype=np.int64).reshape(-1, 5) for some in [[], *found]])
+        counts = rows[:, 3]
+        return counted(rows, np.where(counts < LANES, counts, -(-counts // LANES)))
+
+    def settling(self) -> Rows:
+        """Rows of a `Settle`, two a parameter; the pointers of the means are `stepping`'s."""
+        rows = [
+            (pointer, 0, step, group, size_of(word, view))
+            for view, lines, step, group in zip(self.views, self.lines, self.steps, self.owners)
+            for word, pointer in zip(FACTORED, lines if FACTORED in self.rounds else ())
+        ]
+        found = np.array(rows, dtype=np.int64).reshape(-1, 5)
+        return counted(found, -(-found[:, -1] // SETTLED))
 
     def stepping(
         self, addresses: np.ndarray, totals: Mapping[str, Any], gradients: Sequence[Tensor], taken: Tensor | None = None
     ) -> Asking:
         """The step of all members, for `shardopt.engine.drive`: yields {position: what it asks}, is sent {position: the
-        answers}. addresses: of the gradients of the whole bucket, which are kept alive as long as they are read."""
-        numbers = self.numbers(addresses, totals)
+        answers}, or None where these lie where `answered` was told. addresses: of the gradients of the whole bucket,
+        which are kept alive as long as they are read."""
+        if not self.rounds:  # Adafactor may ask nothing
+            return self.run(addresses, totals, taken)
+        numbers = self.function.prepared(self.numbers(addresses, totals))
         alive: list[Tensor] = []  # what the answers' pointers point to
-        column = ANSWERS
-        for which, asked in enumerate(self.rounds):
-            replies = yield self.asked(which, numbers)
-            for row, member in enumerate(self.members):
-                answers = [reply.contiguous() for reply in replies[member]]
-                self.parameters[row, column : column + len(asked)] = [answer.data_ptr() for answer in answers]
-                alive.extend(answers)
-            column += len(asked)
-        told = [self.told(table, np.empty(0)) for table in self.tables.values()]
-        self.function(self.spans, self.tiles, numbers, self.counters, taken, *told[:1])  # either tells whose a span is
+        for which in range(len(self.rounds)):
+            replies = yield self.asked(which, numbers, taken)
+            if replies is not None:
+                answers = [[reply.contiguous() for reply in replies[member]] for member in self.members]
+                self.answered(which, [[answer.data_ptr() for answer in row] for row in answers])
+                alive.extend(chain.from_iterable(answers))
+        self.function.write(self.spans, self.tiles, numbers, self.counters, taken, self.told[-1])
 
-    def asked(self, which: int, numbers: list[list[Any]]) -> Mapping[int, Any]:
+    def answered(self, which: int, pointers: Sequence[Sequence[int]]) -> None:
+        """Where the answers of a round lie, those of every member."""
+        first = sum(map(len, self.rounds[:which]))
+        self.answers[:, first : first + len(self.rounds[which])] = pointers
+        if self.rounds[which] == FACTORED:
+            self.settles.rows[:, MEANS] = self.answers[:, first : first + 2].ravel()
+
+    def asked(self, which: int, numbers: Any, taken: Tensor | None) -> Mapping[int, Any]:
         """What is asked of every member in a round, worked out; nobody here keeps it."""
         asks: Mapping[int, Any] = self.asks[which]
-        self.parameters[:, OUT] = self.outs[which]
         if self.rounds[which] == WHOLE:
-            xs = [torch.empty(view) for view in self.views]
-            self.parameters[:, OUT] = [x.data_ptr() for x in xs]
+            xs = [torch.empty(view, device=self.device) for view in self.views]
+            self.answered(which, [[x.data_ptr()] for x in xs])  # until then it lies where the answer will
             asks = {member: (whole_of(x, *about),) for member, x, about in zip(self.members, xs, self.whole)}
-        table = self.tables["column means" in self.rounds[which]]
-        scratch = np.empty(table.scratch)
-        self.function.sums(which, self.spans, numbers, self.told(table, scratch))
+        self.function.sums(which, self.spans, numbers, self.told[which], taken)
         return asks
-
-    def told(self, table: "Table", scratch: np.ndarray) -> np.ndarray:
-        """The twin of `Asked` in csrc/cpu.h."""
-        pointers = (table.where.ctypes.data, self.parameters.ctypes.data)
-        return np.array([*pointers, len(self.views), table.pieces, scratch.ctypes.data], dtype=np.int64)
 
 
 class Table:
-    """The places of a call's spans for one kind of pieces. scratch: doubles that their sums take."""
+    """The places of a call's spans for one kind of pieces. scratch: doubles that their sums take: first those of whole
+    pieces, then those of rows and columns. places: of every parameter, with its first piece and its first such sum."""
 
     def __init__(self) -> None:
-        self.rows: list[np.ndarray] = []
+        self.added: list[np.ndarray] = []
+        self.places: list[tuple[int, int, Places]] = []
         self.pieces = self.sums = 0
 
     def add(self, places: Places, parameter: int) -> None:
@@ -130,13 +182,34 @@ class Table:
         rows[:, PARAMETER] = parameter
         rows[:, PIECE0] += self.pieces
         rows[:, ROWS0 : ROWS0 + 2] += self.sums
-        self.rows.append(rows)
+        self.added.append(rows)
+        self.places.append((self.pieces, self.sums, places))
         self.pieces, self.sums = self.pieces + places.pieces, self.sums + places.sums
 
     def close(self, most: int) -> None:
-        """No parameter is added any more. most: scalars that a piece adds up."""
-        self.where = np.concatenate(self.rows)
-        self.scratch = max(self.sums, self.pieces * most)
+        """No parameter is added any more. most: sums of a whole piece."""
+        self.rows = np.concatenate(self.added)
+        before = self.pieces * most
+        self.rows[:, ROWS0 : ROWS0 + 2] += before
+        self.places = [(first, sums + before, places) for first, sums, places in self.places]
+        self.scratch = before + self.sums
+
+
+def gathers_of(places: np.ndarray, first: int, out: int) -> np.ndarray:
+    """Gathers of a parameter whose sums begin at `first` and whose results begin at the address `out`."""
+    begin, which, count, terms = places.T
+    return np.stack([first + begin, 0 * begin, out + 8 * which, count, terms], axis=1)
+
+
+def counted(rows: np.ndarray, ctas: np.ndarray) -> Rows:
+    return Rows(np.column_stack([rows, np.cumsum(ctas) - ctas]), int(ctas.sum()))
+
+
+def values_of(asked: Round) -> int:
+    """The sums of a whole piece that a round needs."""
+    if "column means" in asked:
+        return 1
+    return 0 if "row means" in asked or asked == WHOLE else len(asked)
 
 
 def whole_of(x: Tensor, rule: Any, group: Any, view: tuple[int, ...]) -> Whole:
@@ -195,16 +268,17 @@ class Buckets:
 
 
 def made(items: Sequence[Any], found: Sequence[Any]) -> tuple[list[AskingCall], list[int]]:
-    calls: dict[str, AskingCall] = {}
+    calls: dict[Any, AskingCall] = {}
     left = []
     for position, (item, runs_with) in enumerate(zip(items, found)):
         if isinstance(runs_with, str):
             left.append(position)
             continue
         key, step, shape = runs_with
-        if key.cpp not in calls:
-            calls[key.cpp] = AskingCall(key, step)
-        calls[key.cpp].add(item, key, shape, position)
+        place = key.cpp, item.p.device
+        if place not in calls:
+            calls[place] = AskingCall(key, step)
+        calls[place].add(item, key, shape, position)
     for call in calls.values():
         call.close()
     return list(calls.values()), left

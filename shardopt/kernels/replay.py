@@ -4,18 +4,26 @@ Everything that a step looks up is a function of things that rarely change. This
 address, about half a microsecond a parameter, and gives way to the full step wherever one of them is another.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from shardopt.kernels.bucket import Bucket
 from shardopt.kernels.call import Call
 from shardopt.kernels.survey import Survey
 
-Agreed = Callable[..., tuple[dict[str, Tensor], Tensor | None]]  # shardopt.prelude.agreed, which lies above
+
+class Above(NamedTuple):
+    """What a step needs from above: the optimizer's `answers`, shardopt.prelude.agreed, shardopt.engine.abreast."""
+
+    answers: Any
+    agreed: Callable[..., tuple[dict[str, Tensor], Tensor | None]]
+    abreast: Callable[[Iterable[Iterator[None]], Any], None]
 
 
 class Prelude(NamedTuple):
@@ -26,23 +34,33 @@ class Prelude(NamedTuple):
     meshes: Sequence[Any]
 
 
+class Taken(NamedTuple):
+    """What kernels did in a step. alone: positions among the step's items of those that ask nothing, which `calls`
+    step; buckets: of those that ask."""
+
+    prelude: Prelude | None
+    alone: Sequence[int]
+    calls: Sequence[Call]
+    buckets: Sequence[Bucket]
+
+
 class Replay:
     """How the last step can be taken again."""
 
-    def __init__(
-        self, groups: Sequence[Any], states: Any, facts: Any, calls: Sequence[Call], prelude: Prelude | None = None
-    ) -> None:
+    def __init__(self, groups: Sequence[Any], states: Any, facts: Any, last: Taken) -> None:
         """groups: the optimizer's param groups; facts: see `facts_of`."""
-        self.facts, self.calls, self.prelude = facts, calls, prelude
+        self.facts, self.last = facts, last
+        self.alone = np.array(last.alone, dtype=np.int64)
         self.parameters = [p for group in groups for p in group["params"]]
         self.stepped = [p for p in self.parameters if p.grad is not None]
         self.idle = [p for p in self.parameters if p.grad is None]
         self.states = list(dict.values(states))
-        self.parts = list(chain.from_iterable(state.values() for state in self.states))
+        self.parts = list(chain.from_iterable(map(dict.values, self.states)))
         self.locals = [getattr(p, "_local_tensor", p) for p in self.stepped]
         self.addresses = [local.data_ptr() for local in self.locals]
         self.specs = [p.grad._spec for p in self.stepped if hasattr(p.grad, "_spec")]
         self.dtypes = [p.grad.dtype for p in self.stepped]
+        self.sizes = [local.numel() for local in self.locals]
 
     @property
     def possible(self) -> bool:
@@ -50,47 +68,53 @@ class Replay:
         return len(self.specs) in (0, len(self.stepped))
 
     def run(
-        self, groups: Sequence[Any], states: Any, facts: Any, policy: Any, answers: Any, agreed: Agreed
+        self, groups: Sequence[Any], states: Any, facts: Any, policy: Any, above: Above
     ) -> tuple[Tensor | None] | None:
         """Take the step, unless all ranks skip it: (whether it was taken,). None, with nothing touched and nothing
         asked, where something is not as it was."""
         if facts != self.facts or not same([p for group in groups for p in group["params"]], self.parameters):
             return None
-        pointers = self.pointers() if self.at_home(states) else None
+        pointers = self.pointers() if self.kept(states) else None
         if pointers is None:
             return None
         addresses = np.array(pointers, dtype=np.int64)
-        survey, shares, meshes = self.prelude or (None, (), ())
+        survey, shares, meshes = self.last.prelude or (None, (), ())
         found = survey.run(addresses, policy) if survey is not None else ((), None)
-        totals, taken = agreed(shares, meshes, *found, answers, policy)
+        totals, taken = above.agreed(shares, meshes, *found, above.answers, policy)
         on_host = taken is None or taken.device.type == "cpu"
         if taken is None or not on_host or bool(taken):
-            for call in self.calls:
-                call.run(addresses, {**totals, "grad_scale": policy.grad_scale}, None if on_host else taken)
+            numbers, flag = {**totals, "grad_scale": policy.grad_scale}, None if on_host else taken
+            for call in self.last.calls:
+                call.run(addresses[self.alone], numbers, flag)
+            buckets = (bucket.again(addresses, numbers, flag, above.answers) for bucket in self.last.buckets)
+            above.abreast(buckets, above.answers)
         return (taken,)
 
     def pointers(self) -> list[int] | None:
-        """Addresses of the gradients; None unless they are of the kind that they were, and nobody else has one."""
+        """Addresses of the gradients; None unless they are of the kind that they were, nobody else has one, and
+        parameters lie where they lay."""
         try:
-            gradients: list[Any] = [p.grad for p in self.stepped]
-            if self.specs:
-                if not same([g._spec for g in gradients], self.specs):
-                    return None
-                gradients = [g._local_tensor for g in gradients]
-            found = [g.data_ptr() for g in gradients]
-            alike = [g.dtype for g in gradients] == self.dtypes and all([g.is_contiguous() for g in gradients])
+            with torch._C.DisableTorchFunctionSubclass():  # else every look at a DTensor asks whether it is overridden
+                gradients: list[Any] = [p.grad for p in self.stepped]
+                if self.specs:
+                    if [g._spec for g in gradients] != self.specs:
+                        return None
+                    if not same([p._local_tensor for p in self.stepped], self.locals):
+                        return None
+                    gradients = [g._local_tensor for g in gradients]
+                found = [g.data_ptr() for g in gradients]
+                alike = [g.dtype for g in gradients] == self.dtypes and [g.numel() for g in gradients] == self.sizes
+                alike = alike and all([g.is_contiguous() for g in gradients])
+                there = [local.data_ptr() for local in self.locals] == self.addresses
+                return found if alike and there and all([p.grad is None for p in self.idle]) else None
         except (AttributeError, RuntimeError):  # none, a sparse one, one of another class
             return None
-        return found if alike and all([p.grad is None for p in self.idle]) else None
 
-    def at_home(self, states: Any) -> bool:
-        """Whether parameters and states are the same tensors at the same addresses."""
-        if self.specs and not same([p._local_tensor for p in self.stepped], self.locals):
+    def kept(self, states: Any) -> bool:
+        """Whether the states are the same tensors."""
+        if len(self.states) != dict.__len__(states) or not all(map(is_, dict.values(states), self.states)):
             return False
-        if [local.data_ptr() for local in self.locals] != self.addresses:
-            return False
-        now = list(dict.values(states))
-        return same(now, self.states) and same(list(chain.from_iterable(s.values() for s in now)), self.parts)
+        return same(list(chain.from_iterable(map(dict.values, self.states))), self.parts)
 
 
 def same(these: Sequence[Any], those: Sequence[Any]) -> bool:

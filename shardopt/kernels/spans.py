@@ -1,13 +1,13 @@
 """Descriptors: what a kernel is told of one parameter, as rows of int64 that mirror structs in csrc/step.h."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from shardopt.codecs.geometry import Geometry
-from shardopt.kernels.key import Key
+from shardopt.kernels.key import Key, Round
 from shardopt.state import part_specs
 
 # columns of a `Span`; the pointers of the parts follow
@@ -15,8 +15,35 @@ P, G, STEP, KEY, GROUP, ROWS, COLS, ROW0, COL0, LD, TILE0, PARTS = range(12)
 # columns of a `Place`
 PARAMETER, MATRIX, LINE, COLUMN, HIGH, WIDE, ACROSS, ROWS0, COLS0, PIECE0 = range(10)
 
-PIECE = 1 << 14  # elements of a piece of what asks
-HIGH_PIECE, WIDE_PIECE = 1 << 10, 1 << 11  # of one whose columns are summed: its sums are few beside its elements
+
+class Pieces(NamedTuple):
+    """How what asks is cut into pieces, each of which is added up by itself; the sums are few beside the elements.
+
+    elements: of a piece; row: the most elements of a row whose rows are summed; high, wide: of one whose columns are.
+    strips: whether a step with a factored slot takes the latter kind in all its passes.
+    """
+
+    elements: int
+    row: int
+    high: int
+    wide: int
+    strips: bool
+
+    def kind(self, key: Key, asked: Round) -> bool:
+        """Whether the pieces of this round are those of column sums."""
+        return key.factored if self.strips else "column means" in asked
+
+    def sides(self, key: Key, cols: int, by_column: bool) -> tuple[int, int]:
+        """Rows and columns of a piece, by the shape alone."""
+        if by_column:
+            return self.high, max(self.wide, key.tile)
+        most = self.row if key.sums_rows else self.elements
+        wide = min(-(-cols // key.tile) * key.tile, most)
+        return max(1, self.elements // wide), wide
+
+
+CPU = Pieces(1 << 14, 1 << 14, 1 << 10, 1 << 11, False)  # a thread takes one
+GPU = Pieces(1 << 15, 1 << 12, 1 << 8, 1, True)  # a CTA takes one; its warps keep the columns of a strip in registers
 
 
 class Part(NamedTuple):
@@ -29,11 +56,18 @@ class Part(NamedTuple):
 
 
 class Places(NamedTuple):
-    """The places of a parameter's spans, as they are; how many pieces and doubles of sums they have together."""
+    """The places of a parameter's spans, as they are; how many pieces and doubles of sums they have together.
+
+    lines, columns, matrices: what the sums of rows, of columns and of whole pieces come to, as rows of (the first, of
+    doubles or of pieces; which local row, column or matrix; of how many; from how many terms).
+    """
 
     rows: np.ndarray  # (spans, 10) int64
     pieces: int
     sums: int
+    lines: np.ndarray
+    columns: np.ndarray
+    matrices: np.ndarray
 
 
 class Shape(NamedTuple):
@@ -59,7 +93,7 @@ def parts_of(codecs: Mapping[str, Any], layout: Any) -> list[Part]:
     return found
 
 
-def shape_of(geo: Geometry, key: Key, parts: list[Part], p_bytes: int, g_bytes: int) -> Shape:
+def shape_of(geo: Geometry, key: Key, parts: list[Part], p_bytes: int, g_bytes: int, cut: Pieces = CPU) -> Shape:
     """One span for every run of rows and of columns; one row of everything where no place matters."""
     if not key.placed:
         ld = prod(geo.local)
@@ -79,31 +113,45 @@ def shape_of(geo: Geometry, key: Key, parts: list[Part], p_bytes: int, g_bytes: 
             entry = row * -(-ld // part.columns) + col // part.columns
             offsets[i, PARTS + j] = {"row": row, "column": matrix * ld + col}.get(part.line, entry) * part.bytes
         tiles += n_rows * -(-n_cols // key.tile)
-    kinds = {"column means" in asked for asked in key.rounds}
-    return Shape(offsets, tiles, tuple(parts), {by: places_of(geo, key, pieces, by) for by in kinds})
+    kinds = {cut.kind(key, asked) for asked in key.rounds}
+    return Shape(offsets, tiles, tuple(parts), {by: places_of(geo, key, pieces, cut, by) for by in kinds})
 
 
-def places_of(geo: Geometry, key: Key, spans: list[Any], by_column: bool) -> Places:
-    """Where spans, pairs of a run of rows and one of columns, lie in the parameter and in its sums."""
+def places_of(geo: Geometry, key: Key, spans: list[Any], cut: Pieces, by_column: bool) -> Places:
+    """Where spans, pairs of a run of rows and one of columns, lie in the parameter and in its sums.
+
+    The sums of one row of all column runs follow each other, those of one column of all row runs of its matrix too, so
+    that what they come to is a sum of equally distant terms.
+    """
     found = np.zeros((len(spans), PIECE0 + 1), dtype=np.int64)
+    by_row = any("row means" in asked for asked in key.rounds if cut.kind(key, asked) == by_column)
+    lines: dict[int, list[int]] = {}
+    columns: dict[int, list[int]] = {}
+    matrices: dict[int, list[int]] = {}
     pieces = sums = 0
     for i, ((row, _, rows), (col, _, cols)) in enumerate(spans):
         matrix = row // geo.local[-2] if key.factored else 0
-        high, wide = sides(key, cols, by_column)
+        column = matrix * geo.local[-1] + col
+        high, wide = cut.sides(key, cols, by_column)
         down, across = -(-rows // high), -(-cols // wide)
-        by_row = across * rows
-        found[i] = (0, matrix, row, matrix * geo.local[-1] + col, high, wide, across, sums, sums + by_row, pieces)
+        held = matrix if len(geo.local) > 2 else -1
+        found[i] = (0, held, row, column, high, wide, across, sums, 0, pieces)
+        if by_row:
+            lines.setdefault(row, [sums, row, rows, 0])[-1] += across
+            sums += across * rows
+        columns.setdefault(column, [0, column, cols, 0])[-1] += down
+        matrices.setdefault(matrix, [pieces, matrix, 1, 0])[-1] += down * across
         pieces += down * across
-        sums += by_row + down * cols * by_column
-    return Places(found, pieces, sums)
+    for column, told in columns.items() if by_column else ():
+        told[0] = sums
+        for i in np.flatnonzero(found[:, COLUMN] == column).tolist():
+            found[i, COLS0] = sums
+            sums += told[2] * -(-spans[i][0][2] // int(found[i, HIGH]))
+    return Places(found, pieces, sums, *(table_of(told.values()) for told in (lines, columns, matrices)))
 
 
-def sides(key: Key, cols: int, by_column: bool) -> tuple[int, int]:
-    """Rows and columns of a piece, by the shape alone."""
-    if by_column:
-        return HIGH_PIECE, max(WIDE_PIECE, key.tile)
-    wide = min(-(-cols // key.tile) * key.tile, PIECE)
-    return max(1, PIECE // wide), wide
+def table_of(rows: Iterable[Sequence[int]]) -> np.ndarray:
+    return np.array(list(rows), dtype=np.int64).reshape(-1, 4)
 
 
 def in_matrices(runs: list[tuple[int, int, int]], rows: int) -> list[tuple[int, int, int]]:

@@ -23,6 +23,7 @@ class Source(NamedTuple):
 
     cpp: str = "survey"
     words: str = "survey of all gradients"
+    passes: bool = False
 
     def source(self, backend: str) -> str:
         return '#include "survey.h"\n'

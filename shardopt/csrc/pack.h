@@ -1,0 +1,99 @@
+// Eight elements or codes as they lie in memory, in words: how a lane reads and writes its share of a tile.
+#pragma once
+#include "near.h"
+
+namespace shardopt {
+
+// As many bytes as an element has, as a number.
+template <int BYTES>
+struct Bits {
+  using type = u32;
+};
+template <>
+struct Bits<1> {
+  using type = u8;
+};
+template <>
+struct Bits<2> {
+  using type = u16;
+};
+
+// C: a format, with its Code and how many of them are `packed` into one.
+template <class C>
+struct Pack {
+  using Code = typename C::Code;
+  using Entry = typename Bits<sizeof(Code)>::type;
+  static constexpr int entries = 8 / C::packed, bytes = entries * sizeof(Code), words = bytes / 4, of = 4 / sizeof(Code);
+  static constexpr int piece = bytes < 16 ? bytes : 16;
+  alignas(piece) u32 word[words];
+
+  HD auto get(int i) const {
+    if constexpr (C::packed == 2)
+      return (int)(word[0] >> 4 * i & 15u);
+    else if constexpr (sizeof(Code) == 4)
+      return from_bits(word[i]);
+    else
+      return (Code)(word[i / of] >> 8 * (int)sizeof(Code) * (i % of));
+  }
+  HD int signed_byte(int i) const { return (int)pick_bytes(word[i / 4], 0, 0x8880u + 0x1111u * (u32)(i % 4)); }
+
+  HD void set(const u32 (&codes)[8], int at = 0) {  // at: the first byte of a code in its word
+    if constexpr (C::packed == 2) {
+      word[0] = 0;
+      UNROLL for (int i = 0; i < 8; i++) word[0] |= codes[i] << 4 * i;
+    } else {
+      UNROLL for (int i = 0; i < words; i++) {
+        const u32 *x = codes + of * i, pair = 0x40u + 0x11u * (u32)at;  // that byte of the first, then of the second
+        if constexpr (sizeof(Code) == 1)
+          word[i] = pick_bytes(pick_bytes(x[0], x[1], pair), pick_bytes(x[2], x[3], pair), 0x5410u);
+        else if constexpr (sizeof(Code) == 2)
+          word[i] = pick_bytes(x[0], x[1], 0x5410u + 0x1111u * (u32)at);
+        else
+          word[i] = x[0];
+      }
+    }
+  }
+
+  // Number `at` of an array's eights; n: how many elements exist; wide: all, where 16 bytes can be moved at a time.
+  HD void load(const void* array, u32 at, int n = 8, bool wide = true) {
+    const u8* from = (const u8*)in_memory(array) + (u64)at * bytes;
+    if (wide) {
+      copy(word, from);
+    } else {
+      UNROLL for (int i = 0; i < words; i++) word[i] = 0;
+      UNROLL for (int i = 0; i < entries; i++)
+        if (C::packed * i < n) word[i / of] |= (u32)((const Entry*)from)[i] << 8 * (int)sizeof(Code) * (i % of) % 32;
+    }
+  }
+  HD void store(void* array, u32 at, int n = 8, bool wide = true) const {
+    u8* to = (u8*)in_memory(array) + (u64)at * bytes;
+    if (wide)
+      copy(to, word);
+    else
+      UNROLL for (int i = 0; i < entries; i++)
+        if (C::packed * i < n) ((Entry*)to)[i] = (Entry)(word[i / of] >> 8 * (int)sizeof(Code) * (i % of) % 32);
+  }
+  HD static void copy(void* to, const void* from) {
+    UNROLL for (int i = 0; i < bytes / piece; i++) {
+      if constexpr (piece == 16) ((uint4*)to)[i] = ((const uint4*)from)[i];
+      if constexpr (piece == 8) ((uint2*)to)[i] = ((const uint2*)from)[i];
+      if constexpr (piece == 4) ((uint1*)to)[i] = ((const uint1*)from)[i];
+    }
+  }
+};
+
+template <class Memory>
+struct Unpacked {  // elements of parameters and gradients are packed as codes are
+  using Code = typename Memory::T;
+  static constexpr int packed = 1;
+};
+template <class Memory>
+using Elements = Pack<Unpacked<Memory>>;
+
+HD u32 as_word(float x) { return bits(x); }
+template <class T>
+HD u32 as_word(T x) {
+  return (u32)x;
+}
+
+}  // namespace shardopt
