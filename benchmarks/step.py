@@ -219,6 +219,14 @@ def measure(name: str, shapes: list[tuple[int, ...]], chosen: list[str], repeats
     return rows
 
 
+TITLES = {
+    "big": "one large tensor",
+    "llama": "a small Llama",
+    "many": "many small tensors",
+    "dtensors": "many small DTensors",
+}
+
+
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Every contender's step beside torch's fused AdamW on fp32, one panel a set."""
     from matplotlib.figure import Figure
@@ -238,7 +246,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_xlim(0.02, 20 * max(found.values()))
         axes.axvline(1, color="gray", linewidth=0.8)
         axes.set_yticks(range(len(who)), who)
-        axes.set_title(name)
+        axes.set_title(TITLES.get(name, name))
     figure.supxlabel("time of a step / that of torch.optim.AdamW(fused=True) on fp32")
     figure.savefig(path, dpi=110)
 

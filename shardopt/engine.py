@@ -1,6 +1,6 @@
 """Drives the rules: buckets in lock step, what they ask answered together, everything written once it is certain."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,15 +36,24 @@ def run(items: Sequence[Item], answers: Any, policy: Policy, native: Any = None)
     for item in native.step(alone, asking, totals, policy, masked(taken)) if native is not None else alone:
         for asked in step_of(item, policy, totals, taken):
             raise AssertionError(f"{item.recipe.key()} asks {asked}, but says that it asks nothing")
-    alive: list[Iterator[None]] = []
-    for bucket in planned:
+
+    def steps_of(bucket: Sequence[Item]) -> Iterator[None]:
         steps, left = native.passes(bucket, totals, policy, masked(taken)) if native else ([], range(len(bucket)))
         steps = [*steps, *(speaking(i, step_of(bucket[i], policy, totals, taken)) for i in left)]
-        places = max(ALIVE, 1 + answers.scheduled.messages)
-        alive = advance([*alive, drive(steps, [item.layout for item in bucket], answers)], places)
+        return drive(steps, [item.layout for item in bucket], answers)
+
+    abreast(map(steps_of, planned), answers)
+    return taken
+
+
+def abreast(buckets: Iterable[Iterator[None]], answers: Any) -> None:
+    """Drive all buckets to their ends, several under way at once; the order of the messages depends on nothing else."""
+    places = max(ALIVE, 1 + answers.scheduled.messages)
+    alive: list[Iterator[None]] = []
+    for bucket in buckets:
+        alive = advance([*alive, bucket], places)
     while alive:
         alive = advance(alive)
-    return taken
 
 
 def masked(taken: Tensor | None) -> Tensor | None:
@@ -194,7 +203,12 @@ def commit(changes: Sequence[tuple[Tensor, Tensor]], taken: Tensor | None) -> No
         target.copy_(content)
 
 
-def nonzero_gradients(items: Sequence[Item], answers: Any) -> int:
-    """How many gradient elements of all ranks are not exactly zero (NaN counts), on the host."""
-    asks = [(item.layout, Sum((item.grad != 0).sum().double(), over=EVERYWHERE)) for item in items]
-    return int(sum(float(value) for value in answers.start(asks).finish()))
+def only_initialises(items: Sequence[Item], groups: Sequence[Mapping[str, Any]], answers: Any) -> bool:
+    """DCP's and torchtitan's first step, with lr 0 and zero gradients, only wants state to exist: it does."""
+    rates = [group.get("lr") for group in groups]
+    if not items or any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates):
+        return False
+    if any(lr is None or float(lr) != 0 for lr in rates):
+        return False
+    asks = [(item.layout, Sum((item.grad != 0).sum().double(), over=EVERYWHERE)) for item in items]  # NaN counts
+    return not any(float(value) for value in answers.start(asks).finish())

@@ -18,8 +18,9 @@ from shardopt.dtensor.answer import Answers
 from shardopt.dtensor.gradient import local_gradient
 from shardopt.dtensor.layout import Layout, checked_layout, local_of
 from shardopt.dtensor.loading import load_groups, load_states
-from shardopt.groups import COMMON, complete, settled, unfit
-from shardopt.kernels import Native
+from shardopt.groups import COMMON, complete, numbers_of, settled, unfit
+from shardopt.kernels import Above, Native
+from shardopt.kernels.replay import same
 from shardopt.prelude import agreed, skipped
 from shardopt.recipe import Recipe
 from shardopt.report import explain
@@ -67,13 +68,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"nonfinite is {nonfinite!r}; it must be one of {', '.join(NONFINITE)}")
         self.recipe = recipe
         self._recipes: list[tuple[dict[str, Any], Recipe]] = []
-        self.nonfinite, self.seed, self.fused, self.calls = nonfinite, int(seed), fused, 0
+        self.nonfinite, self.seed, self.fused = nonfinite, int(seed), fused
+        self.calls = 0  # steps that went through, skipped ones included; at least 1 with loaded state
         self.answers = Answers()
         self.native = Native.chosen(fused)
         self._skipped: Tensor | None = None
         self._plans: dict[Tensor, Plan] = {}
         self._made_for: dict[Tensor, Any] = {}
         self._stepped: set[Tensor] = set()  # parameters whose state is no longer fresh
+        self._looked: dict[int, list[Any]] = {}  # what `settle` last saw of every group
         self._given = defaults
         super().__init__(params, {**(recipe.defaults() if recipe else {}), **defaults})
         self._adopt(self.state)
@@ -100,13 +103,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
     @property
     def recipes(self) -> list[Recipe]:
         """The recipe of every param group, in order."""
-        found = []
+        known = {id(group): recipe for group, recipe in self._recipes}
         for i, group in enumerate(self.param_groups):
-            mine = [recipe for known, recipe in self._recipes if known is group]
-            if not mine:
+            if id(group) not in known:
                 raise ValueError(f"param_groups[{i}] was not added through add_param_group, which gives it its recipe")
-            found.append(mine[0])
-        return found
+        return [known[id(group)] for group in self.param_groups]
 
     def named_parameters(self) -> Iterable[tuple[str, Tensor]]:
         """(name, parameter) over all groups: the names given, or `param_groups[i].params[j]`."""
@@ -179,7 +180,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("answers", Answers())
         self.__dict__.setdefault("native", Native.chosen(self.fused))
         self._recipes = list(zip(self.param_groups, self._recipes))  # type: ignore[arg-type]
-        self._plans, self._made_for = {}, {}
+        self._plans, self._made_for, self._looked = {}, {}, {}
         self._stepped = set(self.state) if self.calls else set()
         self._adopt(self.state)
 
@@ -192,7 +193,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         self.settle()
-        groups = load_groups(self.param_groups, deepcopy(state_dict["param_groups"]))
+        groups = load_groups(self.param_groups, self.recipes, deepcopy(state_dict["param_groups"]))
         for i, (recipe, group, new) in enumerate(zip(self.recipes, self.param_groups, groups)):
             settled(recipe, {**group, **new}, True, i)
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
@@ -228,7 +229,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         policy = engine.Policy(self.nonfinite, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         known = self.param_groups, self.recipes, self.state, policy
-        if self.calls and self.native is not None and (again := self.native.again(*known, self.answers, agreed)):
+        above = Above(self.answers, agreed, engine.abreast)
+        if self.native is not None and (again := self.native.again(*known, above)):
             self.calls, self._skipped = self.calls + 1, skipped(self._skipped, *again)
             return loss
         self.make_states()
@@ -236,13 +238,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if self.calls == 0:
             if not items and (warning := lazy.check_not_stale(self.named_parameters())):
                 warnings.warn(warning, stacklevel=3)
-            if self._is_initialisation(items):
+            if engine.only_initialises(items, self.param_groups, self.answers):
                 return loss
+        taken = engine.run(items, self.answers, policy, self.native)
         self.calls += 1
         self._stepped.update(p for *_, p in self.parameters() if p.grad is not None)
-        taken = engine.run(items, self.answers, policy, self.native)
         if self.native is not None:
-            self.native.remember(*known)
+            self.native.remember(items, *known)
         for recipe, group in zip(self.recipes, self.param_groups):
             recipe.rule.stepped(group)
         self._skipped = skipped(self._skipped, taken)
@@ -251,6 +253,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def settle(self) -> None:
         """Check the groups' numbers, and let a group's recipe follow them while it has taken no step."""
         for i, (group, recipe) in enumerate(zip(self.param_groups, self.recipes)):
+            looked = numbers_of(recipe, group)
+            if i in self._looked and same(looked, self._looked[i]):
+                continue
             now = settled(recipe, group, any(p in self._stepped for p in group["params"]), i)
             if now is not recipe:
                 self._recipes = [(g, now if g is group else r) for g, r in self._recipes]
@@ -258,6 +263,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 for p in group["params"]:
                     self._made_for.pop(p, None)
                     self._plans.pop(p, None)
+            self._looked[i] = looked
 
     def items(self) -> list[engine.Item]:
         """What the engine needs of every parameter with a gradient; checks all of them before any is touched."""
@@ -288,12 +294,3 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def skipped_steps(self) -> int:
         """Steps skipped so far, by nonfinite="skip" or GradScaler. Reading it waits for the device."""
         return 0 if self._skipped is None else int(self._skipped)
-
-    def _is_initialisation(self, items: list[engine.Item]) -> bool:
-        """DCP's and torchtitan's first step, with lr 0 and zero gradients, only wants state to exist: it does."""
-        rates = [group.get("lr") for group in self.param_groups]
-        if not items or any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates):
-            return False
-        if any(lr is None or float(lr) != 0 for lr in rates):
-            return False
-        return engine.nonzero_gradients(items, self.answers) == 0

@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
+from shardopt.dtensor import lazy
 from shardopt.dtensor.layout import local_of
 from shardopt.kernels import NoTwin, key_for
 from shardopt.kernels.cache import NoCompiler
+from shardopt.spelling import counted
 from shardopt.state import KEY, STEP
 
 
@@ -58,36 +60,54 @@ def stored(opt: Any) -> Iterator[tuple[Tensor, str, Tensor]]:
 
 
 def explain(opt: Any) -> str:
-    """Per group: recipe, what runs it and why, the codecs of its parameters; and the communication counted so far."""
+    """Per group: recipe, what runs it and why, the codecs of its parameters; how whole matrices are planned; and the
+    communication counted so far. Says what it assumes where there is no gradient yet; no rank waits for another."""
     lines = []
     for i, (recipe, group) in enumerate(zip(opt.recipes, opt.param_groups)):
         params = group["params"]
         lines.append(f"group {i}: {recipe.key()}")
-        lines.append(
-            f"  {len(params)} parameters, {sum(p.numel() for p in params):,} elements, lr {float(group['lr']):g}"
-        )
+        elements = sum(p.numel() for p in params)
+        lines.append(f"  {counted(len(params), 'parameter')}, {elements:,} elements, lr {float(group['lr']):g}")
         for words, count in formats(opt, recipe, params).items():
             lines.append(f"  {count} with {words}")
         if caveat := recipe.rule.caveat():
             lines.append(f"  {caveat}")
     answers = opt.answers
-    lines += matrices(answers)
+    lines += matrices(opt)
     lines.append(
-        f"so far: {opt.calls} steps, {answers.rounds} rounds of asks, {answers.collectives} collectives, "
+        f"so far: {counted(opt.calls, 'step')}, {counted(answers.rounds, 'round')} of communication with "
+        f"{counted(answers.collectives, 'collective')}, "
         f"{answers.bytes:,} bytes a rank"
     )
     return "\n".join(lines)
 
 
-def matrices(answers: Any) -> list[str]:
-    """How whole matrices were planned, by mesh: a summary, then shapes, their modes and why; empty before a step."""
+def matrices(opt: Any) -> list[str]:
+    """How whole matrices are planned, by mesh: a summary, then shapes, their modes and why. Before the first step that
+    asks for some: how they will be if every parameter that requires a gradient gets one."""
+    title = "whole matrices:"
+    plans = list({id(task.plan): task.plan for task in opt.answers.scheduled.tasks.values()}.values())
+    if not plans:
+        title = "whole matrices, if every parameter that requires a gradient gets one:"
+        plans = opt.answers.foreseen(wanted(opt))
     lines = []
-    for plan in {id(task.plan): task.plan for task in answers.scheduled.tasks.values()}.values():
-        lines += ["whole matrices:", *(f"  {line}" for line in plan.summary().splitlines())]
+    for plan in plans:
+        lines += [title, *(f"  {line}" for line in plan.summary().splitlines())]
         kinds = [(member.shape, mode, why) for member, mode, why in zip(plan.members, plan.modes, plan.why)]
         for shape, mode, why in dict.fromkeys(kinds):
-            lines.append(f"  {kinds.count((shape, mode, why))} of {shape}: {mode}{f' ({why})' if why else ''}")
+            count = counted(kinds.count((shape, mode, why)), "parameter")
+            lines.append(f"  {count} of {shape}: {mode}{f' ({why})' if why else ''}")
     return lines
+
+
+def wanted(opt: Any) -> list[tuple[Any, Any]]:
+    """(layout, what is wanted) of all that will ask for whole matrices."""
+    found = []
+    for recipe, _, p in opt.parameters():
+        layout = opt.plan(recipe, p).layout
+        if p.requires_grad and (want := recipe.rule.whole(layout.geo.view)) is not None:
+            found.append((layout, want))
+    return found
 
 
 def formats(opt: Any, recipe: Any, params: list[Tensor]) -> dict[str, int]:
@@ -105,9 +125,12 @@ def backend(opt: Any, recipe: Any, codecs: Any, layout: Any, p: Tensor) -> str:
     """What steps a parameter and, where that is the reference, why; compiles nothing."""
     if opt.native is None:
         return "the reference (fused=False)"
-    dtypes = p.dtype, p.dtype if p.grad is None else p.grad.dtype
+    device, dtype = lazy.local_device(p), p.grad_dtype or p.dtype if p.grad is None else p.grad.dtype
+    if device.type == "meta":
+        return "what its device has (it is on meta)"
     try:
-        key_for(recipe, codecs, layout, p.device, dtypes)
-        return f"a kernel by {opt.native.compiler(p.device)}"
+        key_for(recipe, codecs, layout, device, (p.dtype, dtype))
+        assumed = f" if its gradient is {str(dtype).removeprefix('torch.')}" if p.grad is None else ""
+        return f"a kernel by {opt.native.compiler(device)}{assumed}"
     except (NoTwin, NoCompiler) as why:
         return f"the reference ({why})"

@@ -1,4 +1,4 @@
-"""Names with options, as people and checkpoints spell them: `int8(block=128)`, `newton_schulz(steps=4)`."""
+"""Names with options as people and checkpoints spell them, `int8(block=128)`; counts and bytes as people read them."""
 
 import ast
 from collections.abc import Collection
@@ -25,3 +25,17 @@ def spelled(text: str, nested: Collection[str] = ()) -> tuple[str, dict[str, Any
     except (SyntaxError, ValueError, AttributeError, TypeError):
         pass
     raise ValueError(f"{text!r} is neither a name nor 'name(option=value, ...)'")
+
+
+def counted(count: int, one: str, more: str = "") -> str:
+    """`1 bucket`, `1,200 buckets`; more: the plural that is not made with an s."""
+    return f"{count:,} {one if count == 1 else more or one + 's'}"
+
+
+def in_bytes(number: float) -> str:
+    """To three digits: `167 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"

@@ -9,6 +9,7 @@ import torch
 from shardopt.kernels import cpu
 from shardopt.kernels.key import Key
 from shardopt.kernels.launcher import Launcher
+from shardopt.kernels.pass_launcher import PassLauncher
 
 PROCESSORS = 3  # few, so that small tensors make CTAs of several spans and spans of several CTAs
 
@@ -31,7 +32,8 @@ class FakeDriver:
 
 
 def emulated(key: Key) -> Launcher:
-    return Launcher(key, FakeDriver(library=cpu.library(key, "emulated")))
+    launcher = PassLauncher if key.rounds else Launcher
+    return launcher(key, FakeDriver(library=cpu.library(key, "emulated")))
 
 
 @pytest.fixture

@@ -69,8 +69,9 @@ def stepped(case: Case, gradient: torch.dtype, fused: bool, steps: int = 5, **op
     opt = optimizer_of(case, DTYPES[case.dtype], gradient, fused=fused, **options)
     (p,) = opt.param_groups[0]["params"]
     for g in gradients(case.shape, steps):
-        p.grad = g.to(gradient)
+        p.grad = g.to(gradient, copy=True)
         opt.step()
+        assert torch.equal(p.grad, g.to(gradient)), "gradients are read only"
     if fused:
         assert (opt.native.stepped, opt.native.left, len(opt.native.ran)) == (1, 0, 1)
     return {"p": p.detach(), **opt.state[p]}

@@ -48,16 +48,18 @@ def step(o: Any, p: Tensor, g: Tensor, s: dict, weight_decay: float) -> Tensor:
     parts = [polar(block) for block in split(x, o.split)]
     if o.name == "muon":
         return p - o.lr * torch.cat([adjusted(part, o.adjust_lr) for part in parts], -2) - o.lr * weight_decay * p
-    full = torch.cat(parts, -2)
-    b = o.beta2
-    if o.name == "normuon":
-        v = s["v"] = b * s.get("v", 0.0) + (1 - b) * full.square().mean(-1)
-        w = full / (v.sqrt() + o.eps)[..., None]
-        w = w * (full.flatten(-2).norm(dim=-1) / w.flatten(-2).norm(dim=-1))[..., None, None]
-        return p - o.lr * adjusted(w, o.adjust_lr) - o.lr * weight_decay * p
-    v = s["v"] = b * s.get("v", 0.0) + (1 - b) * full.square()
-    u = torch.atan2(full, v.sqrt()) if o.atan2 else full / (v.sqrt() + o.eps)
-    rms = u.square().mean((-2, -1), keepdim=True).sqrt()
-    if o.scale == "clip":
-        rms = u.square().mean().sqrt().clamp(min=1.0)
-    return p - o.lr * 0.2 * u / rms - o.lr * weight_decay * p
+    b, found = o.beta2, []
+    for i, part in enumerate(parts):  # each as a parameter of its own
+        square = part.square().mean(-1) if o.name == "normuon" else part.square()
+        v = s[i] = b * s.get(i, 0.0) + (1 - b) * square
+        if o.name == "normuon":
+            w = part / (v.sqrt() + o.eps)[..., None]
+            w = w * (part.flatten(-2).norm(dim=-1) / w.flatten(-2).norm(dim=-1))[..., None, None]
+            found.append(adjusted(w, o.adjust_lr))
+        else:
+            u = torch.atan2(part, v.sqrt()) if o.atan2 else part / (v.sqrt() + o.eps)
+            found.append(u if o.scale == "clip" else 0.2 * u / u.square().mean((-2, -1), keepdim=True).sqrt())
+    u = torch.cat(found, -2)
+    if o.name == "adamuon" and o.scale == "clip":
+        u = 0.2 * u / u.square().mean().sqrt().clamp(min=1.0)
+    return p - o.lr * u - o.lr * weight_decay * p
