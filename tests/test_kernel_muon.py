@@ -12,10 +12,12 @@ import shardopt
 from shardopt import Recipe, ShardedOptimizer, rules
 from shardopt.codecs.geometry import Geometry
 from shardopt.item import Item
-from shardopt.kernels import cpu, key_at
+from shardopt.kernels import cpu, cuda, key_at
+from shardopt.kernels.cache import NoCompiler
 from shardopt.kernels.passes import AskingCall
 from shardopt.kernels.spans import parts_of, shape_of
 from tests import test_muon_mesh
+from tests.fake_gpu import gpu  # noqa: F401
 from tests.kernel_kit import differences
 
 SHAPES = ((70, 130), (64, 256), (4, 32, 48), (66, 9, 3, 3), (330, 64), (300, 1024), (0, 64), (128, 7))
@@ -57,6 +59,29 @@ def test_equals_the_reference(name, more):
     row, matrix or parameter, the rate of another shape or of the decay, momentum that decays twice, a sum for EMA."""
     for one, other in zip(stepped(name, False, **more), stepped(name, True, **more)):
         assert differences(one, other) == []
+
+
+@pytest.mark.parametrize("name", ["int8", "sum", "asks before and after"])
+def test_lanes_equal_the_reference(gpu, name):  # noqa: F811
+    """The GPU's passes on an emulated team. Kills: an element that a lane writes beyond its row, a row's place that is
+    not moved on with the rows of a piece. Means are added up in another order, so that with them a bit may differ."""
+    for one, other in zip(stepped(name, False), stepped(name, True)):
+        assert name.startswith("asks") or differences(one, other) == []
+        assert (one["p"].double() - other["p"].double()).norm() <= 1e-3 * one["p"].double().norm()
+    assert gpu and all(one.driver.launches for one in gpu.values())
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_compiles_for_gpus(arch):
+    """Kills: registers that spill where the answer is read."""
+    try:
+        cuda.bindings()
+    except NoCompiler as why:
+        pytest.skip(str(why))
+    key = key_at(Recipe(rules.Muon(), "int8", ("decay",)), (4096, 4096), torch.bfloat16, torch.bfloat16)
+    cuda.compiled(key, arch)
+    report = cuda.entry_of(key, arch).facts()["report"]
+    assert (report["stack"], report["spill_stores"], report["spill_loads"]) == (0, 0, 0), report
 
 
 def test_split_matrices():
