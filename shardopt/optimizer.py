@@ -231,7 +231,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         known = self.param_groups, self.recipes, self.state, policy
         above = Above(self.answers, agreed, engine.abreast)
         if self.native is not None and (again := self.native.again(*known, above)):
-            self.calls, self._skipped = self.calls + 1, skipped(self._skipped, *again)
+            self._went(*again)
             return loss
         self.make_states()
         items = self.items()
@@ -241,14 +241,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if engine.only_initialises(items, self.param_groups, self.answers):
                 return loss
         taken = engine.run(items, self.answers, policy, self.native)
-        self.calls += 1
         self._stepped.update(p for *_, p in self.parameters() if p.grad is not None)
         if self.native is not None:
             self.native.remember(items, *known)
+        self._went(taken)
+        return loss
+
+    def _went(self, taken: Tensor | None) -> None:
+        """Count a step that went through. taken: whether it was not skipped, see `shardopt.prelude.agreed`."""
+        self.calls += 1
         for recipe, group in zip(self.recipes, self.param_groups):
             recipe.rule.stepped(group)
         self._skipped = skipped(self._skipped, taken)
-        return loss
 
     def settle(self) -> None:
         """Check the groups' numbers, and let a group's recipe follow them while it has taken no step."""

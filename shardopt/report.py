@@ -128,6 +128,8 @@ def backend(opt: Any, recipe: Any, codecs: Any, layout: Any, p: Tensor) -> str:
     device, dtype = lazy.local_device(p), p.grad_dtype or p.dtype if p.grad is None else p.grad.dtype
     if device.type == "meta":
         return "what its device has (it is on meta)"
+    if not local_of(p).is_contiguous():
+        return "the reference (a parameter is not contiguous)"
     try:
         key_for(recipe, codecs, layout, device, (p.dtype, dtype))
         assumed = f" if its gradient is {str(dtype).removeprefix('torch.')}" if p.grad is None else ""

@@ -84,6 +84,21 @@ def test_compiles_for_gpus(arch):
     assert (report["stack"], report["spill_stores"], report["spill_loads"]) == (0, 0, 0), report
 
 
+def test_a_rate_that_is_a_tensor():
+    """Of which a product is rounded once. Kills: a rate and the factor of its shape multiplied in float32."""
+
+    def run(fused):
+        torch.manual_seed(1)
+        ps = [nn.Parameter(torch.randn(rows, 7)) for rows in range(8, 60)]
+        opt = shardopt.Muon(ps, lr=torch.tensor(0.02), fused=fused)
+        for p in ps:
+            p.grad = torch.randn(p.shape)
+        opt.step()
+        return [{"p": p.detach(), **opt.state[p]} for p in ps]
+
+    assert [differences(*both) for both in zip(run(False), run(True))] == [[]] * 52
+
+
 def test_split_matrices():
     """Whose blocks have rates of their own. Kills: a rate adjusted twice."""
 

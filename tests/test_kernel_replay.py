@@ -3,10 +3,13 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.two_tensor import TwoTensor
 
 import shardopt
+from shardopt import Recipe, ShardedOptimizer, rules
 from tests.threaded import run_threaded
 
 SHAPES = ((64, 64), (7, 15), (40,))
@@ -72,8 +75,14 @@ def replaced_part(opt):
     state["exp_avg.sqrt8"] = state["exp_avg.sqrt8"].clone()
 
 
-def replaced_state(opt):
-    opt.load_state_dict(opt.state_dict())
+def moved_part(opt):
+    part = opt.state[opt.param_groups[0]["params"][1]]["exp_avg_sq"]
+    part.data = part.data.clone()
+
+
+def under_way(opt):
+    p = opt.param_groups[0]["params"][0]
+    p.grad = AsyncCollectiveTensor(p.grad)
 
 
 def rescaled(opt):
@@ -103,7 +112,8 @@ def exchanged(opt):
 
 
 CHANGES = (
-    another_gradient, strided, halved, moved, replaced_part, rescaled, skipping, upwards, another_parameter, exchanged,
+    another_gradient, strided, halved, under_way, moved, replaced_part, moved_part, rescaled, skipping, upwards,
+    another_parameter, exchanged,
 )  # fmt: skip
 
 
@@ -137,6 +147,20 @@ def test_left_when_somebody_else_has_a_gradient(taken):
             opt.step()
     assert taken == [True, False, False]
     equal(*results)
+
+
+@pytest.mark.parametrize("wrapped", ["parameter", "gradient"])
+def test_what_wraps_other_tensors_has_no_kernel(wrapped):
+    """It has no memory of its own. Kills: an address that is null."""
+    found = []
+    for fused in (None, False):
+        p, g = torch.arange(12.0).view(3, 4), torch.ones(3, 4)
+        p = nn.Parameter(TwoTensor(p, p.clone()) if wrapped == "parameter" else p)
+        opt = shardopt.SGD([p], fused=fused)
+        p.grad = TwoTensor(g, g.clone()) if wrapped == "gradient" else g
+        opt.step()
+        found.append(p.detach().a if wrapped == "parameter" else p.detach())
+    assert torch.equal(*found) and found[0][0, 1] < 1
 
 
 def test_left_where_a_step_is_refused(taken):
@@ -214,6 +238,25 @@ def test_asked_numbers_are_asked_in_every_step(taken):
             step(opt, seed)
     assert taken == [True] * 2
     equal(*results)
+
+
+def test_a_period_goes_on_where_nobody_asks(taken):
+    """Matrices without gradients for a while, vectors beside them. Kills: a phase that only full steps count."""
+
+    def phases(fused):
+        p, q = nn.Parameter(torch.ones(8, 8)), nn.Parameter(torch.ones(8))
+        periodic = Recipe(rules.Muon(mode="periodic", period=3))
+        opt = ShardedOptimizer(
+            [{"params": [p], "recipe": periodic}, {"params": [q]}], Recipe(rules.AdamW()), fused=fused
+        )
+        found = []
+        for _ in range(5):
+            q.grad = torch.ones(8)
+            opt.step()
+            found.append(opt.param_groups[0]["phase"])
+        return found
+
+    assert phases(None) == phases(False) == [1, 2, 0, 1, 2] and taken == [True] * 4
 
 
 def test_a_compiled_training_step(taken):

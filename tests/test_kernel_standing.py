@@ -59,3 +59,29 @@ def test_a_step_that_failed_is_not_repeated(taken):
 
     assert [differences(a, b) for a, b in zip(run(False), run(True))] == [[], []]
     assert taken == [True] * 4 + [True, True, False, True]
+
+
+def test_a_step_that_failed_is_forgotten(taken):
+    """Where the next one is skipped by all ranks, there is nothing to remember. Kills: calls of the one that failed."""
+    ps = parameters(shapes=SHAPES[1:3])
+    opt = shardopt.Adafactor(ps, fused=True, nonfinite="skip")
+    start = opt.answers.start
+
+    def once(round_):
+        opt.answers.start = start
+        raise RuntimeError("lost")
+
+    def step(value):
+        for p in ps:
+            p.grad = torch.full(p.shape, value)
+        opt.step()
+
+    opt.nonfinite, opt.answers.start = "propagate", once
+    with pytest.raises(RuntimeError, match="lost"):
+        step(1.0)
+    opt.nonfinite = "skip"
+    step(torch.nan)
+    assert opt.skipped_steps == 1
+    step(1.0)
+    step(1.0)
+    assert taken == [True] and all(opt.state[p]["step"] == 2 for p in ps)

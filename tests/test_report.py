@@ -51,6 +51,7 @@ def test_what_will_run_is_told_before_the_first_step():
     meta = nn.Parameter(torch.empty(64, 64, device="meta"))
     assert "(it is on meta)" in shardopt.AdamW([meta]).explain()
     assert "1 parameter of 64x64" in shardopt.Muon([meta]).explain()
+    assert "reference (a parameter is not contiguous)" in shardopt.SGD([nn.Parameter(torch.ones(8, 4).t())]).explain()
 
 
 def test_steps_that_were_refused_are_not_counted():

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
 from shardopt.dtensor.layout import Layout, describe, local_of
@@ -33,6 +34,7 @@ def local_gradient(p: Tensor, layout: Layout, name: Callable[[], str]) -> Tensor
             "p.grad = p.grad.redistribute(placements=p.placements)"
         )
     local = local_of(grad)
+    local = local.wait() if isinstance(local, AsyncCollectiveTensor) else local  # kernels read memory
     if tuple(local.shape) != tuple(local_of(p).shape):
         raise ValueError(f"the gradient of {name()} has shape {tuple(grad.shape)}, the parameter {tuple(p.shape)}")
     return local

@@ -83,6 +83,7 @@ class Native:
         left: list[Any] = []
         gradients: list[Tensor] = []
         self.prepare([*items, *others], before)
+        self.buckets.begin()
         for item in items:
             found = self.find(item, before)
             if isinstance(found, str):
@@ -166,7 +167,8 @@ class Native:
 
         Returns (whether the step was taken,), as `shardopt.prelude.agreed` has it.
         """
-        replay, self.replay, self.prelude = self.replay, None, None  # a step that raises is not taken again
+        replay, self.replay = self.replay, None  # a step that raises is not taken again
+        self.fresh, self.prelude = False, None  # nor is what it left
         if replay is None:
             return None
         taken = replay.run(groups, states, facts_of(groups, recipes, policy), policy, above)
@@ -210,6 +212,8 @@ class Native:
         found = self.found[at][0]
         if not isinstance(found, str) and not item.p.is_contiguous():
             return "a parameter is not contiguous"
+        if not isinstance(found, str) and item.p.numel() and not (item.p.data_ptr() and item.grad.data_ptr()):
+            return "a parameter or its gradient wraps other tensors"
         return found
 
     def look(self, item: Any, before: tuple[str, ...]) -> Found:

@@ -19,6 +19,7 @@ from shardopt.rules import Hyper
 
 MEANS = 1  # a column of a `Settle` of csrc/step.h
 LANES, SETTLED = 32, 1 << 10  # results of a CTA, see csrc/passes.h
+KEPT = 16  # full steps
 
 
 class Rows(NamedTuple):
@@ -248,10 +249,19 @@ def asks_of(asked: Round, local: tuple[int, ...], out: Tensor, start: int) -> Se
 
 
 class Buckets:
-    """The calls of every bucket, kept as long as nothing but gradients and numbers changes."""
+    """The calls of every bucket, kept as long as nothing but gradients and numbers changes, and given up when no bucket
+    of the last `KEPT` full steps was that one: sets of parameters may take turns in having gradients."""
 
     def __init__(self) -> None:
         self.known: dict[Any, tuple[list[Any], list[AskingCall], list[int]]] = {}
+        self.used: dict[Any, int] = {}  # in which full step last
+        self.steps = 0
+
+    def begin(self) -> None:
+        """A full step begins."""
+        self.steps += 1
+        for place in [place for place, last in self.used.items() if self.steps - last > KEPT]:
+            del self.known[place], self.used[place]
 
     def calls(self, items: Sequence[Any], found: Sequence[Any]) -> tuple[list[AskingCall], list[int]]:
         """One call a kernel, and the positions of the items that have none. found: the `Found` of every item, or why it
@@ -263,6 +273,7 @@ class Buckets:
         place = id(items[0].layout), len(items)
         if place not in self.known or self.known[place][0] != facts:
             self.known[place] = facts, *made(items, found)
+        self.used[place] = self.steps
         _, calls, left = self.known[place]
         return calls, left
 

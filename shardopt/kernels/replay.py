@@ -56,11 +56,14 @@ class Replay:
         self.idle = [p for p in self.parameters if p.grad is None]
         self.states = list(dict.values(states))
         self.parts = list(chain.from_iterable(map(dict.values, self.states)))
+        self.held = [getattr(part, "_local_tensor", part) for part in self.parts]
+        self.homes = [part.data_ptr() for part in self.held]
         self.locals = [getattr(p, "_local_tensor", p) for p in self.stepped]
         self.addresses = [local.data_ptr() for local in self.locals]
         self.specs = [p.grad._spec for p in self.stepped if hasattr(p.grad, "_spec")]
         self.dtypes = [p.grad.dtype for p in self.stepped]
         self.sizes = [local.numel() for local in self.locals]
+        self.filled = np.flatnonzero(self.sizes)  # a tensor that wraps another has no address of its own
 
     @property
     def possible(self) -> bool:
@@ -78,6 +81,8 @@ class Replay:
         if pointers is None:
             return None
         addresses = np.array(pointers, dtype=np.int64)
+        if not addresses[self.filled].all():
+            return None
         survey, shares, meshes = self.last.prelude or (None, (), ())
         found = survey.run(addresses, policy) if survey is not None else ((), None)
         totals, taken = above.agreed(shares, meshes, *found, above.answers, policy)
@@ -111,10 +116,11 @@ class Replay:
             return None
 
     def kept(self, states: Any) -> bool:
-        """Whether the states are the same tensors."""
+        """Whether the states are the same tensors at the same addresses."""
         if len(self.states) != dict.__len__(states) or not all(map(is_, dict.values(states), self.states)):
             return False
-        return same(list(chain.from_iterable(map(dict.values, self.states))), self.parts)
+        unchanged = same(list(chain.from_iterable(map(dict.values, self.states))), self.parts)
+        return unchanged and list(map(Tensor.data_ptr, self.held)) == self.homes
 
 
 def same(these: Sequence[Any], those: Sequence[Any]) -> bool:

@@ -148,7 +148,8 @@ class Muon(Rule):
         """(direction, its step, the decay's step) of an orthogonal o."""
         if self.adjust_lr == "rms_rescale":
             return (yield from rescaled(o, h.shape, self.split)), h.lr, h.lr
-        return o, h.lr * self.factor(h.shape), h.lr
+        rate = h.lr.double() if isinstance(h.lr, Tensor) else h.lr  # a product that is rounded once
+        return o, rate * self.factor(h.shape), h.lr
 
     def factor(self, view: tuple[int, ...]) -> float:
         """Of the learning rate, for a parameter of this GLOBAL view; of a split one every block has its own."""
