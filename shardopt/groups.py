@@ -20,13 +20,13 @@ REFUSED = {
 
 
 def complete(
-    param_group: Mapping[str, Any], base: Recipe | None, given: Mapping[str, Any], defaults: Mapping[str, Any]
+    param_group: Mapping[str, Any], base: Recipe | None, given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Recipe]:
     """(a copy of the user's group with all its numbers, the recipe that it follows).
 
-    base: the optimizer's recipe; given: what the user gave to the optimizer; defaults: its numbers for groups without
-    a recipe of their own. A group may change numbers, switches of the rule (nesterov, centered, ...), state, addons,
-    rounding and update_from. Add-ons without a decay keep the decay of the recipe.
+    base: the optimizer's recipe; given: what the user gave to the optimizer. A group may change numbers, switches of
+    the rule (nesterov, centered, ...), state, addons, rounding and update_from. Add-ons without a decay keep the decay
+    of the recipe.
     """
     group = dict(param_group)
     own = group.get("recipe")
@@ -37,7 +37,7 @@ def complete(
     if misplaced := [name for name in ("nonfinite", "seed") if name in group]:
         raise ValueError(f"{', '.join(misplaced)} belongs to the optimizer, not to a param group")
     asked = set(group)
-    for name, value in numbers(recipe, base, given, defaults).items():
+    for name, value in numbers(recipe, base, given).items():
         group.setdefault(name, value)
     rule = replace(recipe.rule, **{name: group[name] for name in recipe.rule.switches() if name in group})
     recipe = rebuilt(recipe, with_numbers(rule, group), {name: group[name] for name in RECIPE_KEYS if name in group})
@@ -59,15 +59,23 @@ def refuse(options: Mapping[str, Any]) -> None:
             raise ValueError(words)
 
 
-def numbers(
-    recipe: Recipe, base: Recipe | None, given: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> dict[str, Any]:
+def numbers(recipe: Recipe, base: Recipe | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """A group's defaults; with a recipe of its own what that chose, else what the optimizer was given, else usual."""
     if recipe is base:
-        return {**recipe.defaults(), **defaults}
+        return {**recipe.defaults(), **given}
     usual = type(recipe.rule)().defaults()
     chosen = {name: value for name, value in recipe.defaults().items() if value != usual.get(name, 0.0)}
     return {**recipe.defaults(), **given, **chosen}
+
+
+def check_read(given: Mapping[str, Any], recipes: Sequence[Recipe]) -> None:
+    """ValueError for numbers that no group's recipe reads."""
+    read = set(COMMON).union(*(set(recipe.defaults()) for recipe in recipes))
+    if unread := sorted(set(given) - read):
+        raise ValueError(
+            f"nothing reads {', '.join(unread)}; these recipes read {', '.join(sorted(read - set(COMMON)))} "
+            "(weight_decay needs a decay add-on)"
+        )
 
 
 def with_numbers(rule: Rule, group: Mapping[str, Any]) -> Rule:
@@ -105,16 +113,18 @@ def not_zero(value: Any) -> bool:
     return isinstance(value, Tensor) or value != 0
 
 
-def cycled(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What OneCycleLR and CyclicLR look up in an optimizer's defaults: the number that they cycle in ALL groups.
+def cycled(groups: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults in which OneCycleLR and CyclicLR look up the number that they cycle in ALL groups.
 
     It is `betas` where every group has some, else `momentum`: see `hand_on`.
     """
+    others = {name: x for name, x in defaults.items() if name not in ("betas", "momentum")}
     betas = [group["betas"] for group in groups if "betas" in group]
     if betas and len(betas) == len(groups):
-        return {"betas": betas[0]}
-    momenta = [group["momentum"] for group in groups if "momentum" in group] + [beta[0] for beta in betas]
-    return {"momentum": momenta[0]} if momenta else {}
+        return {**others, "betas": betas[0]}
+    momenta = [group["momentum"] for group in groups if not isinstance(group.get("momentum", ""), str)]
+    momenta += [beta[0] for beta in betas] + [group["beta1"] for group in groups if group.get("beta1")]
+    return {**others, "momentum": momenta[0]} if momenta else others
 
 
 def hand_on(rule: Rule, group: dict[str, Any]) -> None:
@@ -122,6 +132,8 @@ def hand_on(rule: Rule, group: dict[str, Any]) -> None:
     if "momentum" in rule.numbers or isinstance(group.get("momentum", ""), str):
         return
     momentum = group.pop("momentum")
+    if "momentum" in rule.switches():
+        group["momentum"] = getattr(rule, "momentum")  # noqa: B009
     if "betas" in group:
         group["betas"] = (momentum, *group["betas"][1:])
     elif getattr(rule, "beta1", None):

@@ -18,7 +18,7 @@ from shardopt.dtensor.answer import Answers
 from shardopt.dtensor.gradient import local_gradient
 from shardopt.dtensor.layout import Layout, checked_layout, local_of
 from shardopt.dtensor.loading import load_groups, load_states
-from shardopt.groups import COMMON, complete, numbers_of, settled, unfit
+from shardopt.groups import check_read, complete, cycled, numbers_of, settled, unfit
 from shardopt.kernels import Above, Native
 from shardopt.kernels.replay import same
 from shardopt.prelude import agreed, skipped
@@ -66,9 +66,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     ) -> None:
         if nonfinite not in NONFINITE:
             raise ValueError(f"nonfinite is {nonfinite!r}; it must be one of {', '.join(NONFINITE)}")
-        self.recipe = recipe
         self._recipes: list[tuple[dict[str, Any], Recipe]] = []
-        self.nonfinite, self.seed, self.fused = nonfinite, int(seed), fused
+        self.recipe, self.nonfinite, self.seed, self.fused = recipe, nonfinite, int(seed), fused
         self.calls = 0  # steps that went through, skipped ones included; at least 1 with loaded state
         self.answers = Answers()
         self.native = Native.chosen(fused)
@@ -80,25 +79,24 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._given = defaults
         super().__init__(params, {**(recipe.defaults() if recipe else {}), **defaults})
         self._adopt(self.state)
-        read = set(COMMON).union(*(set(recipe.defaults()) for recipe in self.recipes))
-        if unread := sorted(set(defaults) - read):
-            raise ValueError(
-                f"nothing reads {', '.join(unread)}; these recipes read {', '.join(sorted(read - set(COMMON)))} "
-                "(weight_decay needs a decay add-on)"
-            )
+        check_read(defaults, self.recipes)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, on a copy: the group keeps the user's keys and gets its numbers and its recipe's key string."""
-        group, recipe = complete(param_group, self.recipe, self._given, self.defaults)
+        group, recipe = complete(param_group, self.recipe, self._given)
         if self.native is not None:
             self.native.accept(recipe)
+        own = {*group, "params", "param_names"}
         super().add_param_group(group)
+        for name in set(group) - own:
+            del group[name]  # torch adds the optimizer's defaults: numbers that this group's recipe does not read
         for p in group["params"]:
             if why := unfit(recipe, p):
                 name = self.name_of(p)
                 self.param_groups.pop()
                 raise ValueError(f"{name} {why}")
         self._recipes.append((group, recipe))
+        self.defaults = cycled(self.param_groups, self.defaults)
 
     @property
     def recipes(self) -> list[Recipe]:
@@ -184,6 +182,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._stepped = set(self.state) if self.calls else set()
         self._adopt(self.state)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, after what a scheduler wrote is in the numbers that this optimizer reads."""
+        self.settle()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but nothing is cast: every stored tensor keeps dtype and value, bit by bit.
 
@@ -201,9 +204,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.make_states(frozen={p for i, p in pairs if i in state_dict["state"]})
         wanted = {p: dict.get(self.state, p) for _, p in pairs}
         loaded = load_states(pairs, state_dict["state"], wanted, dict((p, n) for n, p in self.named_parameters()))
-        for _, p in pairs:
-            if p not in loaded:  # the saved run had no state of it, so this one begins anew
-                dict.pop(self.state, p, None)
+        for p in {p for _, p in pairs} - set(loaded):  # the saved run had no state of them, so this one begins anew
+            dict.pop(self.state, p, None)
         self.make_states()
         for group, new in zip(self.param_groups, groups):
             group.update(new)
@@ -223,10 +225,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.settle()
         if capturing():
             check_capture(self.param_groups, {p: bool(dict.get(self.state, p)) for *_, p in self.parameters()})
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         policy = engine.Policy(self.nonfinite, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         known = self.param_groups, self.recipes, self.state, policy
         above = Above(self.answers, agreed, engine.abreast)
@@ -282,8 +282,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     f"{self.name_of(p)} has a gradient but no state: other parameters are still on the meta device. "
                     "Call to_empty on the whole model before the first step"
                 )
-            state = {name: local_of(s) for name, s in stored.items()}
-            items.append(engine.Item(local_of(p), grad, layout, recipe, codecs, state, group))
+            parts = {name: local_of(part) for name, part in stored.items()}
+            items.append(engine.Item(local_of(p), grad, layout, recipe, codecs, parts, group))
         return items
 
     def name_of(self, p: Tensor) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from shardopt.codecs import view_shape
-from shardopt.groups import cycled
 from shardopt.optimizer import ShardedOptimizer
 from shardopt.presets import PRESETS
 from shardopt.recipe import Recipe
@@ -116,9 +115,7 @@ def build_optimizer(
         if members[role]:
             group, recipe = group_of(name if role == "matrix" else aux, members[role], chosen)
             groups.append({**group, "params": members[role], "recipe": recipe, "role": role})
-    optimizer = ShardedOptimizer(groups, **shared)
-    optimizer.defaults.update(cycled(optimizer.param_groups))
-    return optimizer
+    return ShardedOptimizer(groups, **shared)
 
 
 def group_of(

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 import shardopt
 from shardopt.dtensor import loading
+from shardopt.rules import Hyper
 from tests.checkpoint_kit import settled  # noqa: F401
 from tests.threaded import run_threaded
 
@@ -162,3 +163,51 @@ def test_other_decay_and_structure_of_a_state_dict():
     assert "weight_decay 0.1, coupled (l2), here it is decoupled" in told
     with pytest.raises(ValueError, match=r"'beta2': None.*Build the optimizer with the saved numbers"):
         load("state dict", None, job("Adafactor", 1), job("Adafactor", beta2=0.99))
+
+
+OTHERS = {
+    "AdamW into Adafactor": ("AdamW", {}, "Adafactor", {}),
+    "Adafactor into AdamW": ("Adafactor", {}, "AdamW", {}),
+    "Lion into Muon": ("Lion", {}, "Muon", {}),
+    "Muon into NorMuon": ("Muon", {}, "NorMuon", {}),
+    "SGD into Muon": ("SGD", {"momentum": 0.9}, "Muon", {"state": "fp32"}),
+    "SGD into Adafactor": ("SGD", {"momentum": 0.9}, "Adafactor", {}),
+    "Muon into SGD": ("Muon", {}, "SGD", {"momentum": 0.9, "state": "fp32"}),
+    "SGD into its nesterov": ("SGD", {}, "SGD", {"nesterov": True, "momentum": 0.9}),
+}
+
+
+@pytest.mark.parametrize("how", ["ours", "state dict", "stock", "torchs", "torchs state dict"])
+@pytest.mark.parametrize("pair", OTHERS)
+def test_another_rule_is_refused_in_words(tmp_path, pair, how):
+    """Kills: numbers of another rule's group that reach this rule's checks, or its TypeErrors, first; a buffer of
+    torch's SGD taken for Muon's because it has the same name; "build the optimizer with momentum=0.9" of Adafactor."""
+    theirs, before, ours, after = OTHERS[pair]
+    if how.startswith("torchs") and not hasattr(torch.optim, theirs):
+        pytest.skip("not one of torch's")
+    saved = job(theirs, 2, **before)
+    if how.startswith("torchs"):
+        saved[0].zero_grad()
+        saved = (saved[0], getattr(torch.optim, theirs)(saved[0].parameters(), **before))
+        train(*saved, 0, 2)
+    how = how.removeprefix("torchs ").replace("torchs", "stock")
+    save(how, tmp_path, *saved)
+    with pytest.raises(ValueError, match=r"saved with|saved by|is not in|this optimizer stores") as told:
+        load(how, tmp_path, saved, job(ours, 1, **after))
+    assert "Build" in str(told.value) or "optimizer that saved it" in str(told.value)
+    assert "with momentum=0.9" not in str(told.value)
+
+
+@pytest.mark.parametrize("how", ["ours", "state dict"])
+def test_the_place_in_a_period_stays_with_its_mode(tmp_path, how):
+    """Kills: a phase in groups that count none; a place beyond a shorter period, after which two steps are local."""
+    saved = job("Muon", 3, mode="periodic", period=4)
+    save(how, tmp_path, *saved)
+    whole, shorter = job("Muon"), job("Muon", mode="periodic", period=3)
+    for target in (whole, shorter):
+        load(how, tmp_path, saved, target)
+    assert "phase" not in whole[1].param_groups[0]
+    assert shorter[1].param_groups[0]["phase"] == 3
+    rule = shorter[1].recipes[0].rule
+    asked = rule.asked(torch.ones(40, 130), Hyper(shorter[1].param_groups[0], shape=(40, 130)))
+    assert asked.mode == "full"

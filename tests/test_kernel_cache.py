@@ -219,6 +219,9 @@ def test_built_ahead_of_time_and_listed(folder, capsys):
         (["--option", "amsgrad=True"], "adamw has lr, betas"),
         (["--rounding", "up"], "rounding is 'up'"),
         (["--addons", "luck"], "add-on 'luck' is unknown"),
+        (["--rule", "muon", "--option", "wire=5"], "wire is 5; give one of"),
+        (["--rule", "muon", "--option", "split=3.5"], "split is 3.5; give the rows of a block, an integer"),
+        (["--rule", "muon", "--option", "split='a'"], "split is 'a'; give the rows of a block"),
     ],
 )
 def test_what_cannot_be_built_is_one_line(folder, capsys, words, why):

@@ -297,19 +297,3 @@ def test_sums_are_small_beside_the_parameters(shape):
         sums = max(one.sums for one in places.values())
         asked = sum(size_of(word, shape) for asked in key.rounds for word in asked)
         assert 8 * sums + (8 + 4) * asked < 0.01 * dtype.itemsize * shape[0] * shape[1]
-
-
-def test_calls_of_sets_that_do_not_return_are_given_up():
-    """Kills: calls and their sums kept for every set of parameters that ever had gradients together."""
-    ps = parameters(shapes=((70, 130),) * 12)
-    opt = shardopt.Adafactor(ps, fused=True)
-    torch.manual_seed(0)
-    for step in range(60):
-        for p in ps:
-            p.grad = torch.randn(p.shape) if torch.rand(()) < 0.5 else None
-        opt.step()
-    assert len(opt.native.buckets.known) <= 17
-    for p in ps:
-        p.grad = torch.randn(p.shape)
-    opt.step()
-    assert opt.native.stepped == 12

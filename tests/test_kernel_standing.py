@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import shardopt
 from shardopt.kernels.replay import Replay
@@ -85,3 +86,19 @@ def test_a_step_that_failed_is_forgotten(taken):
     step(1.0)
     step(1.0)
     assert taken == [True] and all(opt.state[p]["step"] == 2 for p in ps)
+
+
+def test_calls_of_sets_that_do_not_return_are_given_up():
+    """Kills: calls and their sums kept for every set of parameters that ever had gradients together."""
+    torch.manual_seed(0)
+    ps = [nn.Parameter(torch.randn(70, 130)) for _ in range(12)]
+    opt = shardopt.Adafactor(ps, fused=True)
+    for _ in range(60):
+        for p in ps:
+            p.grad = torch.randn(p.shape) if torch.rand(()) < 0.5 else None
+        opt.step()
+    assert len(opt.native.buckets.known) <= 17
+    for p in ps:
+        p.grad = torch.randn(p.shape)
+    opt.step()
+    assert opt.native.stepped == 12

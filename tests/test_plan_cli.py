@@ -71,6 +71,7 @@ def test_errors(capsys, arguments, words):
     ("text", "words"),
     [
         ("[1]", "not a JSON object"),
+        ("[" * 100_000, "not a JSON object"),
         ('{"norm": [4]}', "norm is no matrix"),
         ("{}", "holds no shapes"),
         ('{"a": [8, 0]}', r"a has shape [8, 0]; sizes are integers of at least 1"),

@@ -69,8 +69,8 @@ def load_states(
             have[STEP] = torch.ones(())
         if set(have) - {KEY} != set(want) - {KEY}:
             raise ValueError(
-                f"{names[p]}: the state dict has {sorted(have)}, this optimizer stores {sorted(want)}. Build it with "
-                "the saved recipe, or use shardopt.load_checkpoint, which transcodes the state"
+                f"{names[p]}: the state dict has {sorted(have)}, this optimizer stores {sorted(want)}. Build the "
+                "optimizer that saved it; where only its codecs are others, shardopt.load_checkpoint transcodes them"
             )
         for name, target in want.items():
             if name in have:

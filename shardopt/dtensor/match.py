@@ -5,8 +5,9 @@ from dataclasses import fields, replace
 from typing import Any
 
 from shardopt.recipe import Recipe
-from shardopt.rules import Rule
+from shardopt.rules import RULES, Rule
 
+TORCHS = {"amsgrad": "adamw", "dampening": "sgd", "centered": "rmsprop", "beta2_decay": "adafactor", "ns_steps": "muon"}
 TORCHS_MUON = ("ns_steps", "ns_coefficients", "adjust_lr_fn")  # told as switches of the rule, not adopted
 DECAYS = ("l2", "decay")
 
@@ -21,6 +22,12 @@ def check_meaning(what: str, recipe: Recipe, saved: Mapping[str, Any], key: str 
         raise ValueError(
             f"{what} was saved with recipe {key}, this optimizer has {recipe.key()}: another rule's state has another "
             "meaning. Build the optimizer with the saved rule, or load the model alone"
+        )
+    told = {name for word, name in TORCHS.items() if word in saved} if key is None and rule.name in RULES else ()
+    if told and rule.name not in told:
+        raise ValueError(
+            f"{what} was saved by torch.optim's {', '.join(sorted(told))}, this optimizer has {recipe.key()}: another "
+            "rule's state has another meaning. Build the optimizer with the saved rule, or load the model alone"
         )
     theirs = rule.options_of(saved) if key is None else written(rule, key)
     for name in rule.of_state:
@@ -45,7 +52,13 @@ def check_numbers(number: int, recipe: Recipe, saved: Mapping[str, Any]) -> None
         raise ValueError(f"param group {number} was saved with amsgrad=True, which no optimizer here has")
     rule = recipe.rule
     numbers = {name: saved[name] for name in rule.numbers if name in saved and name != "lr"}
-    other = replace(rule, **numbers)
+    try:
+        other = replace(rule, **numbers)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"param group {number} was saved with {numbers}, which {rule.name} cannot take ({error}). Build the "
+            "optimizer that saved it"
+        ) from error
     if (other.slots(), other.structure()) != (rule.slots(), rule.structure()):
         raise ValueError(
             f"param group {number} was saved with {numbers}, with which {rule.name} has other slots than this "
@@ -98,7 +111,10 @@ def other_decay(number: int, recipe: Recipe, saved: Mapping[str, Any]) -> list[s
 
 def adopted(recipe: Recipe | None, name: str) -> bool:
     """Whether an entry of a saved group is taken over; None: by an optimizer of torch's."""
-    return recipe is None or name not in (*recipe.rule.switches(), *TORCHS_MUON)
+    if recipe is None:
+        return True
+    unread = set(recipe.rule.numbers) - set(recipe.rule.defaults())  # such as the phase of another mode
+    return name not in (*recipe.rule.switches(), *TORCHS_MUON, *unread)
 
 
 def sentence(told: list[str]) -> str:

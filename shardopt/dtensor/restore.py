@@ -95,9 +95,6 @@ class OptimizerPlanner:
         others = set(self.have) - known - set(self.plan.surplus)
         self.plan.surplus += [f"{name} (its optimizer state)" for name in sorted(others) if self.have[name]]
         recipes = getattr(self.opt, "recipes", [None] * len(names))
-        for number, (recipe, group_names) in enumerate(zip(recipes, names)):
-            if recipe is not None:
-                self.plan.others += self.groups.differences(number, recipe, group_names)
         if hasattr(self.opt, "make_states"):
             pairs = [both for i, g in enumerate(self.opt.param_groups) for both in zip(names[i], g["params"])]
             self.plan.made += [p for name, p in pairs if self.have[name] and p not in self.opt.state]
@@ -110,6 +107,9 @@ class OptimizerPlanner:
                     self.parameter_of_torch(name, self.opt.state[p])
                 else:
                     self.parameter(name, p, recipe)
+        for number, (recipe, group_names) in enumerate(zip(recipes, names)):
+            if recipe is not None:
+                self.plan.others += self.groups.differences(number, recipe, group_names)
 
     def parameter_of_torch(self, name: str, state: Mapping[str, Any]) -> None:
         """Of an optimizer without recipes: every tensor of its state by its name."""

@@ -47,7 +47,7 @@ def keys(options: argparse.Namespace) -> list[Key]:
         raise ValueError(f"--option: {options.rule} has {known} ({error})") from error
     recipe = Recipe(rule, options.state, options.addons, options.rounding)
     p, g = DTYPES[options.dtype], DTYPES[options.grad_dtype or options.dtype]
-    found = [key_at(recipe, view, p, g) for view in VIEWS]
+    found = [key_at(recipe, view, p, g) for view in VIEWS if len(view) > 1 or rule.unfit(view) is None]
     return list(dict.fromkeys(found))
 
 

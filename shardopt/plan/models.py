@@ -61,7 +61,7 @@ def shapes_of(model: str) -> Shapes:
         raise ValueError(f"--model {model}: neither a file nor one of {', '.join(MODELS)}")
     try:
         shapes = {name: tuple(shape) for name, shape in json.loads(path.read_text()).items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"--model {model}: not a JSON object of name to shape ({error})") from error
     if not shapes:
         raise ValueError(f"--model {model}: holds no shapes; give at least one matrix, as {{name: [rows, cols]}}")

@@ -1,5 +1,6 @@
 """Adafactor with the options of torch, Hugging Face and adafactor8bit; factoring is its codec, not its maths."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -90,6 +91,11 @@ class Adafactor(Rule):
                 f"beta2={self.beta2} with d=0 makes the first step 1/sqrt(1 - beta2) times too long; "
                 "give d > 0 or bias_correction=True"
             )
+
+    def options_of(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """What is called momentum elsewhere is a number, also where a scheduler wrote it."""
+        found = super().options_of(saved)
+        return {name: x for name, x in found.items() if name != "momentum" or isinstance(x, str)}
 
     def structure(self) -> list[str]:
         words = [word for word, on in (("beta1", self.beta1), ("beta2", self.beta2), ("unclipped", not self.d)) if on]

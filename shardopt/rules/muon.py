@@ -73,8 +73,10 @@ class Muon(Rule):
         if isinstance(self.split, list):
             object.__setattr__(self, "split", tuple(self.split))
         sizes = self.split if isinstance(self.split, tuple) else (1 if self.split is None else self.split,)
-        if min(sizes, default=0) < 1:
-            raise ValueError(f"split is {self.split!r}; give rows of a block, at least 1, or a tuple of such")
+        if not sizes or any(type(rows) is not int or rows < 1 for rows in sizes):
+            raise ValueError(
+                f"split is {self.split!r}; give the rows of a block, an integer of at least 1, or a tuple of such"
+            )
         if self.split is not None and self.mode in ("local", "periodic"):
             raise ValueError(f"mode {self.mode!r} orthogonalizes shards, which know no blocks; drop split or the mode")
         wire_of(self.wire)
@@ -142,7 +144,7 @@ class Muon(Rule):
 
     def asked(self, x: Tensor, h: Hyper) -> Whole:
         work, wire, mode = self.whole(h.shape)
-        return Whole(x, work, wire, "local" if self.mode == "periodic" and h.phase else mode)
+        return Whole(x, work, wire, "local" if self.mode == "periodic" and h.phase % self.period else mode)
 
     def scaled(self, o: Tensor, h: Hyper) -> Asking:
         """(direction, its step, the decay's step) of an orthogonal o."""
@@ -195,7 +197,7 @@ def blocks(split: Any, rows: int) -> tuple[int, ...]:
 
 def wire_of(spec: str) -> Wire:
     """The formats of a wire's name, or of "there+back"."""
-    formats = spec.split("+")
-    if spec not in WIRES and len(formats) != 2:
+    formats = spec.split("+") if isinstance(spec, str) else ()
+    if len(formats) != 2 and spec not in WIRES:
         raise ValueError(f"wire is {spec!r}; give one of {', '.join(WIRES)}, or two codecs as 'there+back'")
     return WIRES.get(spec) or Wire(*formats)
