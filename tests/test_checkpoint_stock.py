@@ -108,7 +108,7 @@ def test_a_stock_checkpoint_of_ours_is_recognised(tmp_path):
 def test_foreign_state_of_another_rule_is_refused(tmp_path):
     model, opt = torchs(1)
     dcp.save(tree(model, opt), checkpoint_id=tmp_path)
-    with pytest.raises(ValueError, match=r"exp_avg_sq.*lion/fp32.*another optimizer"):
+    with pytest.raises(ValueError, match=r"torch.optim's adamw.*lion/fp32.*the saved rule"):
         shardopt.load_checkpoint(tmp_path, *job("fp32", rule=Lion()))
     with pytest.raises(ValueError, match=r"'optimizer'.*model, optim.*optim_key"):
         shardopt.load_checkpoint(tmp_path, *job("fp32"), optim_key="optimizer")
