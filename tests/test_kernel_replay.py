@@ -75,9 +75,9 @@ def replaced_part(opt):
     state["exp_avg.sqrt8"] = state["exp_avg.sqrt8"].clone()
 
 
-def moved_part(opt):
-    part = opt.state[opt.param_groups[0]["params"][1]]["exp_avg_sq"]
-    part.data = part.data.clone()
+def moved_state(opt):
+    for part in opt.state[opt.param_groups[0]["params"][1]].values():
+        part.data = part.data.clone()
 
 
 def under_way(opt):
@@ -112,7 +112,7 @@ def exchanged(opt):
 
 
 CHANGES = (
-    another_gradient, strided, halved, under_way, moved, replaced_part, moved_part, rescaled, skipping, upwards,
+    another_gradient, strided, halved, under_way, moved, replaced_part, moved_state, rescaled, skipping, upwards,
     another_parameter, exchanged,
 )  # fmt: skip
 

@@ -56,7 +56,8 @@ class Replay:
         self.idle = [p for p in self.parameters if p.grad is None]
         self.states = list(dict.values(states))
         self.parts = list(chain.from_iterable(map(dict.values, self.states)))
-        self.held = [getattr(part, "_local_tensor", part) for part in self.parts]
+        last = [next(reversed(state.values())) for state in self.states if state]
+        self.held = [getattr(part, "_local_tensor", part) for part in last]  # of a state that is moved all is moved
         self.homes = [part.data_ptr() for part in self.held]
         self.locals = [getattr(p, "_local_tensor", p) for p in self.stepped]
         self.addresses = [local.data_ptr() for local in self.locals]
@@ -116,7 +117,7 @@ class Replay:
             return None
 
     def kept(self, states: Any) -> bool:
-        """Whether the states are the same tensors at the same addresses."""
+        """Whether the states are the same tensors, and the last of each where it was."""
         if len(self.states) != dict.__len__(states) or not all(map(is_, dict.values(states), self.states)):
             return False
         unchanged = same(list(chain.from_iterable(map(dict.values, self.states))), self.parts)
