@@ -56,8 +56,8 @@ class Replay:
         self.idle = [p for p in self.parameters if p.grad is None]
         self.states = list(dict.values(states))
         self.parts = list(chain.from_iterable(map(dict.values, self.states)))
-        last = [next(reversed(state.values())) for state in self.states if state]
-        self.held = [getattr(part, "_local_tensor", part) for part in last]  # of a state that is moved all is moved
+        ends = [next(reversed(state.values())) for state in self.states if state]
+        self.held = [getattr(part, "_local_tensor", part) for part in ends]  # of a state that is moved all is moved
         self.homes = [part.data_ptr() for part in self.held]
         self.locals = [getattr(p, "_local_tensor", p) for p in self.stepped]
         self.addresses = [local.data_ptr() for local in self.locals]
