@@ -17,6 +17,13 @@ HD const Row* rows_of(const Packed& a) {
   return (const Row*)(&told(a) + 1);
 }
 
+// The row to which a CTA of all launches together belongs.
+template <class Row>
+HD const Row& row_of(const Packed& a, i64 cta) {
+  auto* all = rows_of<Row>(a);
+  return all[span_of(all, a.count, cta)];
+}
+
 // A span whose tiles are its pieces.
 template <class K>
 struct Placed : K::Span {
@@ -217,9 +224,8 @@ struct Gathering {
   template <class Cta>
   HD static void run(Cta& cta, const Packed& a, i64 block) {
     if (skipped(a.taken)) return;
-    auto* all = rows_of<Gather>(a);
     block += told(a).first;
-    const Gather& g = all[span_of(all, a.count, block)];
+    const Gather& g = row_of<Gather>(a, block);
     const bool few = g.count < 32;
     cta.warps([&](int warp, auto& team) {
       const i64 first = few ? block - g.tile0 : (block - g.tile0) * 32;
@@ -252,9 +258,8 @@ struct Settling {
   template <class Cta>
   HD static void run(Cta& cta, const Packed& a, i64 block) {
     if (skipped(a.taken)) return;
-    auto* all = rows_of<Settle>(a);
     block += told(a).first;
-    const Settle& s = all[span_of(all, a.count, block)];
+    const Settle& s = row_of<Settle>(a, block);
     cta.once([&] {
       Numbers<K> numbers(a, s.group);
       cta.shared.decay = (float)K::Rule::decay(numbers.n, (double)*s.step + 1);
