@@ -45,22 +45,22 @@ class Absmax(Codec):
 
     def decode(self, parts: Parts, geo: Geometry) -> Tensor:
         values = self.values(parts[self.name], geo)
-        y = values * Blocks(geo, self.block).spread(parts[f"{self.name}_scale"])
+        y = Blocks(geo, self.block).paired(torch.mul, values, parts[f"{self.name}_scale"])
         return y if self.slot_signed else keep_positive(y, values, LEAST)
 
     def encode(self, x: Tensor, geo: Geometry, noise: Noise) -> Asking:
         blocks = Blocks(geo, self.block)
-        largest = yield from blocks.largest(x.abs())
+        largest = yield from blocks.largest(x)
         scale = torch.where(largest > 0, (largest / self.divisor).clamp_min(LEAST), largest)
         ratio = self.relative(x, torch.where(scale == 0, 1, scale), blocks)
         return {self.name: self.quantise(ratio, x, geo, noise), f"{self.name}_scale": scale}
 
     def relative(self, x: Tensor, scale: Tensor, blocks: Blocks) -> Tensor:
         """What `quantise` gets: x / scale."""
-        return x / blocks.spread(scale)
+        return blocks.paired(torch.div, x, scale)
 
     def quantise(self, ratio: Tensor, x: Tensor, geo: Geometry, noise: Noise) -> Tensor:
-        """Codes of ratio = x / scale, |ratio| <= divisor up to rounding; NaN may get any code."""
+        """Codes of ratio = x / scale, which may be overwritten; |ratio| <= divisor up to rounding. NaN gets any."""
         raise NotImplementedError
 
     def values(self, codes: Tensor, geo: Geometry) -> Tensor:
@@ -84,7 +84,7 @@ class Int8(Absmax):
     divisor: ClassVar[float] = 127.0
 
     def quantise(self, ratio: Tensor, x: Tensor, geo: Geometry, noise: Noise) -> Tensor:
-        return to_codes(ratio.round().clamp(-127, 127), self.dtype)
+        return to_codes(ratio.round_().clamp_(-127, 127), self.dtype)  # beyond 127 only where the scale is subnormal
 
     def values(self, codes: Tensor, geo: Geometry) -> Tensor:
         return codes.to(torch.float32)
@@ -106,10 +106,10 @@ class Sqrt8(Absmax):
 
     def relative(self, x: Tensor, scale: Tensor, blocks: Blocks) -> Tensor:
         """127 sign(x) sqrt(|x| / scale)."""
-        return (sqrt(x.abs()) * blocks.spread(sqrt(scale).reciprocal() * 127)).copysign(x)
+        return blocks.paired(torch.mul, sqrt(x.abs()), sqrt(scale).reciprocal() * 127).copysign_(x)
 
     def quantise(self, ratio: Tensor, x: Tensor, geo: Geometry, noise: Noise) -> Tensor:
-        return to_codes(ratio.round().clamp(-127, 127), self.dtype)
+        return to_codes(ratio.round_(), self.dtype)
 
     def values(self, codes: Tensor, geo: Geometry) -> Tensor:
         t = codes.to(torch.float32) * (1 / 127)  # 127 (1/127) is 1 in float32: the largest element keeps its bits
@@ -131,7 +131,7 @@ class Root4(Rounded, Absmax):
 
     def relative(self, x: Tensor, scale: Tensor, blocks: Blocks) -> Tensor:
         """255 (x / scale)^(1/4)."""
-        return sqrt(sqrt(x)) * blocks.spread(sqrt(sqrt(scale)).reciprocal() * 255)
+        return blocks.paired(torch.mul, sqrt(sqrt(x)), sqrt(sqrt(scale)).reciprocal() * 255)
 
     def quantise(self, ratio: Tensor, x: Tensor, geo: Geometry, noise: Noise) -> Tensor:
         t = dither(ratio, uniform(noise()), ratio * TOLERANCE) if self.stochastic else ratio.round()
@@ -169,5 +169,5 @@ class Fp8(Rounded, Absmax):
 
 
 def to_codes(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Whole numbers as integers. The scale of a NaN is NaN already; its code only must not be undefined."""
-    return t.nan_to_num(0.0).to(dtype)
+    """Whole numbers, overwritten, as integers. The scale of a NaN is NaN already; its code must not be undefined."""
+    return t.nan_to_num_(0.0).to(dtype)

@@ -5,6 +5,8 @@ nothing is padded. Where blocks lie whole on one rank, only the local ones are h
 rank holds all ceil(cols / block) of a row, and their maxima are asked.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,21 @@ class Blocks:
             into.copy_(merge(into, getattr(piece, op)(-1)))
         return out
 
+    def sizes(self, x: Tensor) -> Tensor:
+        """Local largest magnitude of every block, as `reduce`, without a tensor of magnitudes."""
+        return torch.maximum(self.reduce(x, "amax"), -self.reduce(x, "amin")).add_(0.0)  # -0 becomes 0
+
+    def paired(self, op: Callable[..., Tensor], x: Tensor, scale: Tensor) -> Tensor:
+        """op(x, its block's number) for every element: (..., cols), (..., count) -> (..., cols); nothing is spread."""
+        if len(self.pieces) == 1:
+            _, width, block, n = self.pieces[0]
+            return op(x.unflatten(-1, (n, width)), scale.narrow(-1, block, n).unsqueeze(-1)).flatten(-2)
+        out = torch.empty_like(x)
+        for column, width, block, n in self.pieces:
+            piece, into = (y.narrow(-1, column, width * n).unflatten(-1, (n, width)) for y in (x, out))
+            op(piece, scale.narrow(-1, block, n).unsqueeze(-1), out=into)
+        return out
+
     def spread(self, scale: Tensor) -> Tensor:
         """Every block's number for each of its elements: (..., count) -> (..., cols)."""
         out = scale.new_empty((*scale.shape[:-1], self.cols))
@@ -56,8 +73,8 @@ class Blocks:
         return out
 
     def largest(self, x: Tensor) -> Asking:
-        """Generator; the maximum of every block, over all ranks that hold a part of it."""
-        local = self.reduce(x, "amax")
+        """Generator; the largest magnitude of every block, over all ranks that hold a part of it."""
+        local = self.sizes(x)
         if not self.straddles:
             return local
         return (yield Max(local, over=-1))

@@ -73,7 +73,7 @@ class Int4(Packed):
         return 8
 
     def nibbles(self, ratio: Tensor) -> Tensor:
-        return to_codes(ratio.round().clamp(-7, 7) + 8, torch.uint8)
+        return to_codes(ratio.round_().clamp_(-7, 7).add_(8), torch.uint8)
 
     def levels(self, nibbles: Tensor) -> Tensor:
         return nibbles.to(torch.float32) - 8
