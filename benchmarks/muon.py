@@ -1,6 +1,6 @@
 """Real Muon steps: time, bytes and messages, by wire and mode, beside torch.optim.Muon where one rank has everything.
 
-    python -m benchmarks.muon                          one rank: ours and torch's, the same matrices
+    python -m benchmarks.muon                          one rank: ours, torch's, and others' that are installed
     python -m benchmarks.muon --ranks 2                FSDP2 on gloo (nccl with GPUs): every wire, every mode
     python -m benchmarks.muon --size 1b                the matrices of a model of a billion parameters (a GPU's work)
 
@@ -41,10 +41,12 @@ def shapes(size: str) -> list[tuple[int, int]]:
 
 
 def contenders(ranks: int) -> dict[str, Callable[[list[nn.Parameter]], Any]]:
-    """One rank: torch's and ours; several: ours by wire and mode."""
-    made: dict[str, Callable[[list[nn.Parameter]], Any]] = {}
+    """torch's, and those of packages that are installed; ours, on several ranks by wire and mode."""
+    made: dict[str, Callable[[list[nn.Parameter]], Any]] = {
+        "torch.optim.Muon": lambda ps: torch.optim.Muon(ps),
+        "muon-fsdp2": muon_fsdp2,
+    }
     if ranks == 1:
-        made["torch.optim.Muon"] = lambda ps: torch.optim.Muon(ps)
         for name in ("quintic", "polar_express", "gram"):
             made[f"shardopt {name}"] = lambda ps, name=name: shardopt.Muon(ps, orthogonalizer=name)
         made["shardopt quintic, bf16"] = lambda ps: shardopt.Muon(ps, orthogonalizer="newton_schulz(dtype='bf16')")
@@ -54,6 +56,13 @@ def contenders(ranks: int) -> dict[str, Callable[[list[nn.Parameter]], Any]]:
     made["shardopt local"] = lambda ps: shardopt.Muon(ps, mode="local")
     made["shardopt auto"] = lambda ps: shardopt.Muon(ps, mode="auto", orthogonalizer="minimax")
     return made
+
+
+def muon_fsdp2(params: list[nn.Parameter]) -> Any:
+    """ImportError where it is not installed."""
+    from muon_fsdp2 import Muon
+
+    return Muon([{"params": params, "lr": 1e-3, "use_muon": True}])
 
 
 def clocked(call: Callable[[], Any], device: str) -> float:
@@ -100,8 +109,13 @@ def job(rank: int, options: argparse.Namespace, out: Any) -> None:
     for who, make in contenders(options.ranks).items():
         if options.only and who not in options.only:
             continue
-        opt = make(parameters(shapes(options.size), device, mesh))
-        opt.step()
+        try:
+            opt = make(parameters(shapes(options.size), device, mesh))
+            opt.step()
+        except Exception as error:  # not installed, or refuses this mesh
+            if rank == 0:
+                print(f"{who} left out: {str(error).splitlines()[0][:100]}", flush=True)
+            continue
         running[who] = (opt, [])
     counted = {who: dict(vars(opt.answers)) if hasattr(opt, "answers") else {} for who, (opt, _) in running.items()}
     for _ in range(options.repeats):
