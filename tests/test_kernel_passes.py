@@ -83,7 +83,7 @@ RECIPES = {
     "adamw": (RULES["adamw.nesterov"], SIGNED, EVERY),
     "adafactor": (RULES["adafactor.update"], SIGNED, ("orthograd", "cautious", "cautious_decay")),
     "adafactor hf": (RULES["adafactor.hf"], "factored", ("gradient_centralization", "l2")),
-    "rmsprop": (RULES["rmsprop.centered"], SIGNED, ("rms_clip",)),
+    "rmsprop": (RULES["rmsprop.centered"], SIGNED, ("mars", "rms_clip")),
 }
 
 
@@ -222,7 +222,7 @@ def recorded(opt):
     return rounds, values
 
 
-ASKING = [("adafactor.raw", addons) for addons in ADDONS if addons not in ("clip", "mars")]
+ASKING = [("adafactor.raw", addons) for addons in ADDONS if addons != "clip"]
 ASKING += [(rule, "all") for rule in ("adamw", "rmsprop.centered", "adafactor.update", "adafactor.hf")]
 
 

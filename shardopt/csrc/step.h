@@ -160,9 +160,9 @@ struct Step {
     h.lr = (float)n[0];
     if constexpr (Rule::paced) h.lr = h.rule.pace;
     n += Rule::numbers;
-    Gradient::derive(n, h.gradient);
-    Direction::derive(n + Gradient::numbers, h.direction);
-    Decay::derive(n + Gradient::numbers + Direction::numbers, h.decay);
+    Gradient::derive(n, t, h.gradient);
+    Direction::derive(n + Gradient::numbers, t, h.direction);
+    Decay::derive(n + Gradient::numbers + Direction::numbers, t, h.decay);
     return h;
   }
 
@@ -211,14 +211,14 @@ struct Step {
   // One element up to the round PASS: the direction after the last one, and before that what the round wants.
   template <int PASS, class S>
   HD static float direction(float p, float& g, S& s, const Scalars& h, float* want) {
-    g = Gradient::template apply<PASS, false>(p, g, 0, h.gradient, want);
+    g = Gradient::template apply<PASS, false>(p, g, 0, h.gradient, want, s);
     float u = 0;
     if constexpr (PASS >= from_direction || (factors && PASS == from_slot))
       u = Rule::update(p, g, s, h.rule);
     else if constexpr (PASS >= from_rule)
       Rule::want(p, g, s, h.rule, want);
     if constexpr (PASS >= from_direction)
-      u = Direction::template apply<PASS - from_direction, true>(p, g, u, h.direction, want);
+      u = Direction::template apply<PASS - from_direction, true>(p, g, u, h.direction, want, s);
     return u;
   }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from shardopt.addons import GradientCentralization
+from shardopt.addons import Addon, GradientCentralization
 from shardopt.codecs import Codec
 from shardopt.kernels.twins import (
     ADDONS,
@@ -110,7 +110,7 @@ def key_of(
     slots = [codec_twin(codec, slot) for slot, codec in codecs]
     acting = [addon for addon in recipe.addons if matrix or type(addon) is not GradientCentralization]
     stages = {
-        stage: [ADDONS[type(addon)](addon) for addon in acting if addon.stage == stage]
+        stage: [ADDONS[type(addon)](addon, slot_of(recipe, addon)) for addon in acting if addon.stage == stage]
         for stage in ("gradient", "direction", "decay")
     }
     stages["gradient"] = [BEFORE[word] for word in before] + stages["gradient"]
@@ -152,6 +152,12 @@ def check_recipe(recipe: Recipe) -> None:
     for addon in recipe.addons:
         if type(addon) not in ADDONS:
             raise NoTwin(f"add-on {addon.name} has no native twin")
+
+
+def slot_of(recipe: Recipe, addon: Addon) -> int:
+    """The number of an add-on's first slot."""
+    before = recipe.addons[: recipe.addons.index(addon)]
+    return len(recipe.rule.slots()) + sum(len(other.slots()) for other in before)
 
 
 def kahan(recipe: Recipe, parameter: torch.dtype) -> str:

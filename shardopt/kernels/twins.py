@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from shardopt import addons, codecs, rules
+from shardopt.addons.variance import beta_of
 from shardopt.codecs.dynamic import table
 from shardopt.codecs.noise import stream_of
 from shardopt.rules import Rule
@@ -109,18 +110,28 @@ def clip_factor(addon: addons.ClipByGlobalNorm) -> Callable[[Any, Any], list[Any
     return lambda group, totals: [(addon.max_norm / (totals[addon.name].sqrt() + 1e-6)).clamp(max=1.0)]
 
 
-ADDONS: dict[type[addons.Addon], Callable[[Any], Twin]] = {
-    addons.ClipByGlobalNorm: lambda addon: Twin("ClipByGlobalNorm", clip_factor(addon)),
-    addons.CoupledDecay: lambda addon: Twin("CoupledDecay", from_group("weight_decay")),
-    addons.GradientCentralization: lambda addon: Twin("Centralize", nothing, (("row means",),)),
-    addons.OrthoGrad: lambda addon: Twin("OrthoGrad", nothing, (("sum", "sum", "sum"), ("sum",))),
-    addons.Grams: lambda addon: Twin("Grams", nothing),
-    addons.RMSClip: lambda addon: Twin("RMSClip", lambda group, totals: [addon.d], (("mean",),)),
-    addons.Cautious: lambda addon: Twin(
+def mars(addon: addons.Mars, slot: int) -> Twin:
+    def numbers(group: Any, totals: Any) -> list[Any]:
+        beta = beta_of(Hyper(group))
+        return [addon.gamma * beta / (1 - beta)]
+
+    return Twin(f"Mars<{slot}, {flag(addon.clip)}>", numbers, (("sum",),) if addon.clip else ())
+
+
+# (add-on, the number of its first slot) -> its twin
+ADDONS: dict[type[addons.Addon], Callable[[Any, int], Twin]] = {
+    addons.ClipByGlobalNorm: lambda addon, slot: Twin("ClipByGlobalNorm", clip_factor(addon)),
+    addons.CoupledDecay: lambda addon, slot: Twin("CoupledDecay", from_group("weight_decay")),
+    addons.GradientCentralization: lambda addon, slot: Twin("Centralize", nothing, (("row means",),)),
+    addons.OrthoGrad: lambda addon, slot: Twin("OrthoGrad", nothing, (("sum", "sum", "sum"), ("sum",))),
+    addons.Grams: lambda addon, slot: Twin("Grams", nothing),
+    addons.RMSClip: lambda addon, slot: Twin("RMSClip", lambda group, totals: [addon.d], (("mean",),)),
+    addons.Cautious: lambda addon, slot: Twin(
         f"Cautious<{flag(addon.count == 'active')}>", lambda group, totals: [addon.floor], (("sum", "sum"),)
     ),
-    addons.WeightDecay: lambda addon: Twin("WeightDecay", from_group("weight_decay")),
-    addons.CautiousDecay: lambda addon: Twin("CautiousDecay", from_group("weight_decay")),
+    addons.Mars: mars,
+    addons.WeightDecay: lambda addon, slot: Twin("WeightDecay", from_group("weight_decay")),
+    addons.CautiousDecay: lambda addon, slot: Twin("CautiousDecay", from_group("weight_decay")),
 }
 
 # what is done to every gradient first, by the words of `key_of`
