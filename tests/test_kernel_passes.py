@@ -11,7 +11,7 @@ from shardopt.dtensor.answer import local_value
 from shardopt.dtensor.messages import dims_over
 from shardopt.kernels import cpu, cuda, key_at
 from shardopt.kernels.cache import NoCompiler
-from shardopt.kernels.passes import size_of
+from shardopt.kernels.rounds import size_of
 from shardopt.kernels.spans import shape_of
 from shardopt.recipe import Recipe
 from tests.fake_gpu import emulated

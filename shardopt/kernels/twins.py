@@ -27,6 +27,12 @@ Round = tuple[str, ...]  # what one round asks, by the words of `shardopt.kernel
 
 
 WHOLE: Round = ("whole",)
+SQUARES: Round = ("row squares",)  # sums of squares of every row, answered by a float a row: see `lines`
+
+
+def sums_rows(asked: Round) -> bool:
+    """Whether a round needs the sums of rows."""
+    return "row means" in asked or asked == SQUARES
 
 
 class Twin(NamedTuple):
@@ -89,10 +95,17 @@ def adafactor(rule: rules.Adafactor, dtype: torch.dtype) -> Twin:
 
 
 def muon(rule: rules.Muon) -> Twin:
-    if rule.adjust_lr == "rms_rescale":
-        raise NoTwin("adjust_lr='rms_rescale' has no native twin")
-    switches = (rule.accumulate == "ema", rule.nesterov)
-    return Twin(f"Muon<{', '.join(map(flag, switches))}>", from_group("lr", "momentum", "factor"), (WHOLE,))
+    """Of Muon and its kin."""
+    switches = [rule.accumulate == "ema", rule.nesterov]
+    numbers, rounds = ["lr", "momentum", "factor"], [WHOLE, *(SQUARES for _ in rule.lines())]
+    if isinstance(rule, rules.AdaMuon):
+        numbers += ["beta2", "eps"]
+        switches += [rule.sign, rule.atan2, rule.scale == "clip"]
+        rounds += [("mean",)] * (rule.scale == "clip")
+    elif not isinstance(rule, rules.NorMuon):
+        switches += [bool(rule.lines())]
+    words = ", ".join(map(flag, switches))
+    return Twin(f"{type(rule).__name__}<{words}>", from_group(*numbers), tuple(rounds))
 
 
 # (rule, dtype of the parameter) -> its twin
@@ -103,6 +116,8 @@ RULES: dict[type[Rule], Callable[[Any, torch.dtype], Twin]] = {
     rules.RMSprop: lambda rule, dtype: rmsprop(rule),
     rules.Adafactor: adafactor,
     rules.Muon: lambda rule, dtype: muon(rule),
+    rules.NorMuon: lambda rule, dtype: muon(rule),
+    rules.AdaMuon: lambda rule, dtype: muon(rule),
 }
 
 
