@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from shardopt import Recipe, ShardedOptimizer, rules
-from shardopt.kernels import cuda, key_at
+from shardopt.kernels import cuda, key_at, native
 from shardopt.kernels.cache import NoCompiler
 from tests.fake_gpu import gpu  # noqa: F401
 from tests.kernel_kit import differences
@@ -82,6 +82,22 @@ def test_lanes_equal_the_reference(gpu, kind):  # noqa: F811
     for one, other in zip(stepped(kind, 0, False), stepped(kind, 0, True)):
         check(one, other)
     assert gpu and all(one.driver.launches for one in gpu.values())
+
+
+def test_a_step_that_is_not_taken(gpu, monkeypatch):  # noqa: F811
+    """By a flag that lies on the device. Kills: a moment of the rows that moves although nothing else does."""
+    taken, passes = torch.tensor(True), native.Native.passes
+    monkeypatch.setattr(native.Native, "passes", lambda self, *given: passes(self, *given[:3], taken))
+    p = nn.Parameter(torch.randn(70, 130).bfloat16())
+    opt = ShardedOptimizer([p], recipe("normuon"), weight_decay=0.1, fused=True)
+    for step in range(4):
+        p.grad = torch.randn(70, 130).bfloat16()
+        before = [x.clone() for x in (p.detach(), *opt.state[p].values())]
+        taken.fill_(step != 2)
+        opt.step()
+        same = [torch.equal(x, y) for x, y in zip(before, (p.detach(), *opt.state[p].values()))]
+        assert step == 0 or same == [step == 2] * len(same)
+    assert gpu
 
 
 @pytest.mark.parametrize("kind, arch", zip(KINDS, ("sm_80", "sm_90", "sm_100", "sm_90"), strict=True))
