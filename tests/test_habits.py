@@ -177,7 +177,7 @@ BAD = {
     "amsgrad": (lambda p: shardopt.AdamW(p, amsgrad=True), "amsgrad"),
     "differentiable": (lambda p: shardopt.AdamW(p, differentiable=True), "differentiable"),
     "fused": (
-        lambda p: shardopt.AdamW(p, addons=["mars"], fused=True),
+        lambda p: shardopt.AdamW(p, addons=[type("Own", (shardopt.Mars,), {})()], fused=True),
         "fused=True, but add-on mars has no",
     ),
     "nonfinite": (lambda p: shardopt.AdamW(p, nonfinite="ignore"), "propagate, zero, skip"),

@@ -11,7 +11,7 @@ from shardopt.dtensor.answer import local_value
 from shardopt.dtensor.messages import dims_over
 from shardopt.kernels import cpu, cuda, key_at
 from shardopt.kernels.cache import NoCompiler
-from shardopt.kernels.passes import size_of
+from shardopt.kernels.rounds import size_of
 from shardopt.kernels.spans import shape_of
 from shardopt.recipe import Recipe
 from tests.fake_gpu import emulated
@@ -83,7 +83,7 @@ RECIPES = {
     "adamw": (RULES["adamw.nesterov"], SIGNED, EVERY),
     "adafactor": (RULES["adafactor.update"], SIGNED, ("orthograd", "cautious", "cautious_decay")),
     "adafactor hf": (RULES["adafactor.hf"], "factored", ("gradient_centralization", "l2")),
-    "rmsprop": (RULES["rmsprop.centered"], SIGNED, ("rms_clip",)),
+    "rmsprop": (RULES["rmsprop.centered"], SIGNED, ("mars", "rms_clip")),
 }
 
 
@@ -222,7 +222,7 @@ def recorded(opt):
     return rounds, values
 
 
-ASKING = [("adafactor.raw", addons) for addons in ADDONS if addons not in ("clip", "mars")]
+ASKING = [("adafactor.raw", addons) for addons in ADDONS if addons != "clip"]
 ASKING += [(rule, "all") for rule in ("adamw", "rmsprop.centered", "adafactor.update", "adafactor.hf")]
 
 

@@ -12,7 +12,7 @@ from shardopt import Recipe
 from shardopt.codecs.geometry import Geometry
 from shardopt.kernels import cpu, cuda, key_at, launcher, native, pass_launcher, spans
 from shardopt.kernels.cache import NoCompiler
-from shardopt.kernels.passes import size_of
+from shardopt.kernels.rounds import size_of
 from tests import test_mesh
 from tests.fake_gpu import emulated, gpu  # noqa: F401
 from tests.kernel_kit import asking_cases, differences, stepped

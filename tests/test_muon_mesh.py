@@ -74,7 +74,7 @@ def test_norms_of_blocks_are_those_of_one_device(kind, rule):
     norm, a shard's rows taken for consecutive ones."""
     options = {"adjust_lr": "spectral"} if rule is rules.NorMuon else {}
     case = CASES[kind]._replace(shapes=((4, 60, 32),) if "ep" in kind else ((60, 128), (60, 32)))
-    compare(case, muon(rule(lr=0.02, split=(20, 4, 4, 3, 29), **options), "bf16"), bitwise=False)
+    compare(case, muon(rule(lr=0.02, split=(20, 4, 4, 3, 29), **options), STATES[rule.name]), bitwise=False)
 
 
 def test_local_is_another_algorithm():

@@ -152,8 +152,8 @@ def test_equals_the_paper(rule, addons):
     GC over the wrong dim, beta1 and beta2 swapped in Lion."""
     made = Recipe(RULES[rule](), {"signed": "fp32", "non_negative": state_for(rule)}, ADDONS[addons])
     assert run_against_spec(made, ADDONS[addons]) < SPEC
-    if rule in KERNELS:
-        assert run_against_spec(made, ADDONS[addons], fused=None) < SPEC  # there are none for mars
+    if rule in KERNELS and (addons != "mars" or rule == KERNELS[0]):  # it is the same before any rule
+        assert run_against_spec(made, ADDONS[addons], fused=None) < SPEC
 
 
 MOMENTA = ({}, {"beta1": 0.85}, {"beta1": 0.85, "momentum": "raw"})

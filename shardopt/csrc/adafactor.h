@@ -8,7 +8,7 @@ constexpr int by_torch = 0, scaled = 1, decoupled = 2;  // what the decay is mul
 
 // numbers: lr, beta2_decay, beta2, beta1, d, smallest RMS(p), smallest mean(row), smallest exp_avg_sq, added to g^2
 template <bool MOMENTUM, bool RAW, bool FIXED, bool CLIP, bool SCALE, bool RELATIVE, bool CORRECT, int DECAY>
-struct Adafactor {
+struct Adafactor : Bare {
   static constexpr int slots = MOMENTUM ? 2 : 1, numbers = 9, second = MOMENTUM ? 1 : 0;
   static constexpr int rounds = CLIP || SCALE ? 1 : 0, depth = MOMENTUM && !RAW ? 2 : 1;
   static constexpr bool paced = true, weighs = SCALE, answered = false;
@@ -55,7 +55,7 @@ struct Adafactor {
     if constexpr (MOMENTUM && RAW) x = s.template recur<0>(h.beta1, g * h.rest1);
     return over(x, root(v < h.floor ? h.floor : v));
   }
-  template <class S>
+  template <int, class S>
   HD static void want(float p, float g, S& s, const Scalars& h, float* w) {
     if constexpr (CLIP) {
       float u = unclipped(g, s, h);

@@ -1,5 +1,6 @@
 // What is done to the gradient, the direction and the decay: the twins of shardopt/addons/ and of engine.prepared.
-// Each has `numbers` doubles of its own and one method of its stage; Chain runs several in order.
+// Each has `numbers` doubles of its own and one method of its stage; Chain runs several in order. One that has a slot is
+// given the element's slots and, by `begin`, the number of the step.
 #pragma once
 #include "asking.h"
 
@@ -28,9 +29,9 @@ struct CoupledDecay : Silent {  // numbers: weight_decay
   static constexpr bool weighs = true;
   HD static float apply(float p, float g, float, const float* n) { return n[0] == 0 ? g : g + p * n[0]; }
 };
-struct Centralize {  // of matrices; known: the row's mean
+struct Centralize : Bare {  // of matrices; known: the row's mean
   static constexpr int numbers = 0, known = 1, rounds = 1;
-  static constexpr bool by_row = true, weighs = false;
+  static constexpr bool by_row = true;
   HD static constexpr Wants wants(int) { return {0, true, false}; }
   template <int>
   HD static void want(float, float g, float, const float*, float* w) {
@@ -40,9 +41,9 @@ struct Centralize {  // of matrices; known: the row's mean
   HD static void learn(const double*, const double*, float*) {}
   HD static float apply(float, float g, float, const float* n) { return g - n[0]; }
 };
-struct OrthoGrad {  // known: <p, g> / ||p||^2; ||g|| / ||h||
+struct OrthoGrad : Bare {  // known: <p, g> / ||p||^2; ||g|| / ||h||
   static constexpr int numbers = 0, known = 2, rounds = 2;
-  static constexpr bool by_row = false, weighs = true;
+  static constexpr bool weighs = true;
   HD static constexpr Wants wants(int round) { return {round == 0 ? 3 : 1, false, false}; }
   HD static float rest(float p, float g, const float* n) { return g - p * n[0]; }
   template <int ROUND>
@@ -62,15 +63,42 @@ struct OrthoGrad {  // known: <p, g> / ||p||^2; ||g|| / ||h||
   HD static float apply(float p, float g, float, const float* n) { return rest(p, g, n) * n[1]; }
 };
 
+// numbers: gamma beta / (1 - beta); known: whether the step is the first, what is divided by. SLOT: the last gradient.
+template <int SLOT, bool CLIP>
+struct Mars : Bare {
+  static constexpr int slots = 1, numbers = 1, known = 1 + CLIP, rounds = CLIP;
+  HD static constexpr Wants wants(int) { return {1, false, false}; }
+  HD static void begin(double t, float* n) { n[1] = t == 1; }
+  template <class S>
+  HD static float corrected(float g, S& s, const float* n) {
+    s.fresh[SLOT] = g;
+    return g + (n[1] != 0 ? 0.0f : g - s.old[SLOT]) * n[0];
+  }
+  template <int, class S>
+  HD static void want(float, float g, float, const float* n, float* w, S& s) {
+    float c = corrected(g, s, n);
+    w[0] = c * c;
+  }
+  template <int>
+  HD static void learn(const double* heard, const double*, float* n) {
+    n[2] = (float)clip_of(heard[0], 1);
+  }
+  template <class S>
+  HD static float apply(float, float g, float, const float* n, S& s) {
+    float c = corrected(g, s, n);
+    if constexpr (CLIP) c = c / n[2];
+    return c;
+  }
+};
+
 // direction: u -> u --------------------------------------------------------------------------------------------------
 
 struct Grams : Silent {
   static constexpr int numbers = 0;
   HD static float apply(float, float g, float u, const float*) { return size(u) * sign(g); }
 };
-struct RMSClip {  // numbers: d; known: what u is divided by
+struct RMSClip : Bare {  // numbers: d; known: what u is divided by
   static constexpr int numbers = 1, known = 1, rounds = 1;
-  static constexpr bool by_row = false, weighs = false;
   HD static constexpr Wants wants(int) { return {1, false, false}; }
   template <int>
   HD static void want(float, float, float u, const float*, float* w) {
@@ -83,9 +111,8 @@ struct RMSClip {  // numbers: d; known: what u is divided by
   HD static float apply(float, float, float u, const float* n) { return u / n[1]; }
 };
 template <bool ACTIVE>
-struct Cautious {  // numbers: floor; known: the share of those that agree
+struct Cautious : Bare {  // numbers: floor; known: the share of those that agree
   static constexpr int numbers = 1, known = 1, rounds = 1;
-  static constexpr bool by_row = false, weighs = false;
   HD static constexpr Wants wants(int) { return {2, false, false}; }
   HD static float agrees(float g, float u) { return u * g > 0 ? 1.0f : 0.0f; }
   template <int>
@@ -145,8 +172,13 @@ struct Chain {
     return (false || ... || (before(i++).rounds <= pass && A::weighs));
   }
 
-  HD static void derive(const double* given, float* n) {
-    (((Chain::copy<A::numbers>(given, n)), given += A::numbers, n += A::numbers + A::known), ...);
+  HD static void derive(const double* given, double t, float* n) {
+    each<count>([&](auto i) {
+      using Item = at<decltype(i)::value>;
+      constexpr Before mine = before(decltype(i)::value);
+      copy<Item::numbers>(given + mine.numbers, n + mine.floats);
+      if constexpr (Item::slots > 0) Item::begin(t, n + mine.floats);
+    });
   }
   template <int COUNT>
   HD static void copy(const double* given, float* n) {
@@ -176,8 +208,8 @@ struct Chain {
   }
 
   // One element through the items whose rounds have been answered; what the next one wants.
-  template <int PASS, bool DIRECTION>
-  HD static float apply(float p, float g, float u, const float* n, float* want) {
+  template <int PASS, bool DIRECTION, class S>
+  HD static float apply(float p, float g, float u, const float* n, float* want, S& s) {
     float x = DIRECTION ? u : g;
     each<count>([&](auto i) {
       using Item = at<decltype(i)::value>;
@@ -185,8 +217,12 @@ struct Chain {
       constexpr int round = PASS - mine.rounds;
       const float* its = n + mine.floats;
       const float gradient = DIRECTION ? g : x, direction = DIRECTION ? x : u;
-      if constexpr (round >= Item::rounds)
+      if constexpr (round >= Item::rounds && Item::slots > 0)
+        x = Item::apply(p, gradient, direction, its, s);
+      else if constexpr (round >= Item::rounds)
         x = Item::apply(p, gradient, direction, its);
+      else if constexpr (round >= 0 && Item::slots > 0)
+        Item::template want<round>(p, gradient, direction, its, want, s);
       else if constexpr (round >= 0)
         Item::template want<round>(p, gradient, direction, its, want);
     });

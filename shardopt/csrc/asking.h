@@ -23,9 +23,13 @@ struct Wants {
   HD constexpr int values() const { return rows || cols || elements ? 1 : sums; }  // an element's contributions
 };
 
-struct Silent {  // asks nothing
-  static constexpr int rounds = 0, known = 0;
+struct Bare {  // knows nothing of rows, reads no p, keeps nothing
+  static constexpr int slots = 0;
   static constexpr bool by_row = false, weighs = false;
+};
+
+struct Silent : Bare {  // asks nothing
+  static constexpr int rounds = 0, known = 0;
   HD static constexpr Wants wants(int) { return {}; }
   template <class Scalars>
   HD static bool calm(const Scalars&) {  // of a rule: whether its calm tiles may take `root_calm` and `over_calm`

@@ -151,7 +151,7 @@ struct Pass {
     enter();
     for (;;) {
       const int n = (int)(mine.right - column < K::tile ? mine.right - column : K::tile);
-      if constexpr (K::previews > 0 && PASS >= K::from_slot)
+      if constexpr (K::previews > 0 && PASS >= K::from_answer)
         preview<K>(team, [](auto& m) { return Looking<K, PASS>(m); }, s, h, drawn, row, column, n, known.aligned);
       else if constexpr (K::previews > 0)
         team.lanes([&](auto& m, int) { m.begin(); });

@@ -9,7 +9,9 @@
 //   depth            how many recurrences follow from each other
 //   decay, floor     of a second moment that may be factored: its decay, float64, and the smallest mean(row)
 //   rounds, wants, want, learn, weighs   of a rule that asks itself; see asking.h
-//   answered         whether its answer is a value for every element, s.answer, and nothing that `learn` reads
+//   answered, sent   whether a round comes before those, that of a whole matrix: `sent` is what an element sends, s.answer
+//                    what came back. Before a factored slot's round, since the second moment is then of the answer
+//   by_row           whether its rounds are answered by a float a row, h.row[round], which `learn` does not see
 #pragma once
 #include "asking.h"
 

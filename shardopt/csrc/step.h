@@ -122,11 +122,14 @@ struct Step {
   static constexpr int tile = Slots::widest() > 256 ? Slots::widest() : 256;
   static constexpr int numbers = Rule::numbers + Gradient::numbers + Direction::numbers + Decay::numbers;
 
-  // Rounds of asks: those of the gradient's add-ons, of the factored slot, of the rule, of the direction's add-ons.
+  // Rounds of asks: those of the gradient's add-ons, of the whole matrix, of the factored slot, of the rule, of the
+  // direction's add-ons.
   static constexpr int factored = Slots::factored(), factors = factored >= 0 ? 1 : 0;
-  static constexpr int from_slot = Gradient::rounds, from_rule = from_slot + factors;
+  static constexpr int from_answer = Gradient::rounds, from_slot = from_answer + Rule::answered;
+  static constexpr int from_rule = from_slot + factors;
   static constexpr int from_direction = from_rule + Rule::rounds, rounds = from_direction + Direction::rounds;
-  static constexpr int slot_asks = Gradient::asks, rule_asks = slot_asks + 4 * factors;
+  static constexpr int answer_asks = Gradient::asks, slot_asks = answer_asks + Rule::answered;
+  static constexpr int rule_asks = slot_asks + 4 * factors;
   static constexpr int direction_asks = rule_asks + asks_of<Rule>(Rule::rounds);
   static constexpr int asks = direction_asks + Direction::asks;
   static constexpr bool stored = STORED;
@@ -135,7 +138,8 @@ struct Step {
   static constexpr int previews = stored ? (Rule::depth < Slots::blocked() ? Rule::depth : Slots::blocked()) : 0;
 
   static constexpr Wants wants(int round) {
-    return round < from_slot        ? Gradient::wants(round)
+    return round < from_answer      ? Gradient::wants(round)
+           : round < from_slot      ? Wants{0, false, false, true}
            : round < from_rule      ? Factored::wants(0)
            : round < from_direction ? Rule::wants(round - from_rule)
                                     : Direction::wants(round - from_direction);
@@ -160,9 +164,9 @@ struct Step {
     h.lr = (float)n[0];
     if constexpr (Rule::paced) h.lr = h.rule.pace;
     n += Rule::numbers;
-    Gradient::derive(n, h.gradient);
-    Direction::derive(n + Gradient::numbers, h.direction);
-    Decay::derive(n + Gradient::numbers + Direction::numbers, h.decay);
+    Gradient::derive(n, t, h.gradient);
+    Direction::derive(n + Gradient::numbers, t, h.direction);
+    Decay::derive(n + Gradient::numbers + Direction::numbers, t, h.decay);
     return h;
   }
 
@@ -172,7 +176,7 @@ struct Step {
     Scalars h = derive(n, t);
     const double *gradient = n + Rule::numbers, *direction = gradient + Gradient::numbers;
     Gradient::template learn<PASS>(gradient, answers, h.gradient);
-    if constexpr (Rule::rounds > 0 && !Rule::answered && PASS > from_rule) {
+    if constexpr (Rule::rounds > 0 && !Rule::by_row && PASS > from_rule) {
       Rule::learn(Heard<Rule, 1>(answers + rule_asks).x, n, t, h.rule);
       if constexpr (Rule::paced) h.lr = h.rule.pace;
     }
@@ -191,7 +195,8 @@ struct Step {
   // A row of what the rule asks for all elements, from the span's first column on: where a pass puts what it asks, and
   // the passes after it find the answer.
   HD static float* row_at(Answers answers, const Span& s, const Place& place, i64 row) {
-    return (float*)answers[rule_asks] + (place.line + row) * s.ld + place.column;
+    const i64 column = factors && place.matrix > 0 ? place.column - place.matrix * s.ld : place.column;
+    return (float*)answers[answer_asks] + (place.line + row) * s.ld + column;
   }
 
   // And what is the row's own. row: of the span.
@@ -199,7 +204,12 @@ struct Step {
   HD static Scalars enter(const Scalars& known, const Span& s, const Place& place, Answers answers, i64 row) {
     Scalars h = known;
     Gradient::template enter<PASS>(answers, place.line + row, h.gradient);
-    if constexpr (Rule::answered && PASS > from_rule) h.answer = row_at(answers, s, place, row);
+    if constexpr (Rule::answered && PASS > from_answer) h.answer = row_at(answers, s, place, row);
+    if constexpr (Rule::by_row)
+      each<within(PASS - from_rule, 0, Rule::rounds)>([&](auto i) {
+        constexpr int I = decltype(i)::value;
+        h.rule.row[I] = ((const float*)answers[rule_asks + I])[place.line + row];
+      });
     if constexpr (held(PASS)) {
       auto* part = (const float*)s.part[Slots::part_of(factored)];
       auto* means = (const float*)answers[slot_asks + Factored::ROWS] + place.line;
@@ -211,14 +221,16 @@ struct Step {
   // One element up to the round PASS: the direction after the last one, and before that what the round wants.
   template <int PASS, class S>
   HD static float direction(float p, float& g, S& s, const Scalars& h, float* want) {
-    g = Gradient::template apply<PASS, false>(p, g, 0, h.gradient, want);
+    g = Gradient::template apply<PASS, false>(p, g, 0, h.gradient, want, s);
     float u = 0;
     if constexpr (PASS >= from_direction || (factors && PASS == from_slot))
       u = Rule::update(p, g, s, h.rule);
     else if constexpr (PASS >= from_rule)
-      Rule::want(p, g, s, h.rule, want);
+      Rule::template want<PASS - from_rule>(p, g, s, h.rule, want);
+    else if constexpr (PASS == from_answer)
+      want[0] = Rule::sent(g, s, h.rule);
     if constexpr (PASS >= from_direction)
-      u = Direction::template apply<PASS - from_direction, true>(p, g, u, h.direction, want);
+      u = Direction::template apply<PASS - from_direction, true>(p, g, u, h.direction, want, s);
     return u;
   }
 

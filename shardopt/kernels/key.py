@@ -1,14 +1,16 @@
 """What a kernel is made for: a recipe with the formats and dtypes of one parameter, as the text of a C++ type."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-from shardopt.addons import GradientCentralization
+from shardopt.addons import Addon, GradientCentralization
+from shardopt.asks import Slot
 from shardopt.codecs import Codec
+from shardopt.codecs.rows import Rows
 from shardopt.kernels.twins import (
     ADDONS,
     BEFORE,
@@ -16,10 +18,12 @@ from shardopt.kernels.twins import (
     MEMORY,
     RULES,
     TABLES,
+    WHOLE,
     NoTwin,
     Round,
     Twin,
     codec_twin,
+    sums_rows,
     table_source,
 )
 from shardopt.recipe import Recipe
@@ -56,7 +60,7 @@ class Key:
     @property
     def sums_rows(self) -> bool:
         """Whether rows of the view are summed."""
-        return any("row means" in asked for asked in self.rounds)
+        return any(sums_rows(asked) for asked in self.rounds)
 
     @property
     def placed(self) -> bool:
@@ -107,10 +111,10 @@ def key_of(
         if dtype not in MEMORY:
             raise NoTwin(f"{what} of {dtype} have no native twin")
     rule = RULES[type(recipe.rule)](recipe.rule, parameter)
-    slots = [codec_twin(codec, slot) for slot, codec in codecs]
+    slots = [codec_twin(codec, slot) for slot, codec in codecs if not isinstance(codec, Rows)]
     acting = [addon for addon in recipe.addons if matrix or type(addon) is not GradientCentralization]
     stages = {
-        stage: [ADDONS[type(addon)](addon) for addon in acting if addon.stage == stage]
+        stage: [ADDONS[type(addon)](addon, slot_of(recipe, addon)) for addon in acting if addon.stage == stage]
         for stage in ("gradient", "direction", "decay")
     }
     stages["gradient"] = [BEFORE[word] for word in before] + stages["gradient"]
@@ -120,7 +124,8 @@ def key_of(
     stored = ", true" if recipe.update_from == "stored" else ""
     cpp = f"Step<{memory}, {rule.cpp}, Slots<{', '.join(slots)}>, {', '.join(chains)}, {write}{stored}>"
     asked = [asked for twin in stages["gradient"] for asked in twin.rounds]
-    asked += [FACTORED] * ("Factored" in slots) + [*rule.rounds]
+    whole = rule.rounds.count(WHOLE)
+    asked += [*rule.rounds[:whole], *[FACTORED] * ("Factored" in slots), *rule.rounds[whole:]]
     asked += [asked for twin in stages["direction"] for asked in twin.rounds]
     return Key(
         cpp,
@@ -154,6 +159,17 @@ def check_recipe(recipe: Recipe) -> None:
             raise NoTwin(f"add-on {addon.name} has no native twin")
 
 
+def slot_of(recipe: Recipe, addon: Addon) -> int:
+    """The number of an add-on's first slot."""
+    before = recipe.addons[: recipe.addons.index(addon)]
+    return elementwise(recipe.rule.slots()) + sum(elementwise(other.slots()) for other in before)
+
+
 def kahan(recipe: Recipe, parameter: torch.dtype) -> str:
     """The slot of the compensation comes after those of rule and add-ons; fp32 has none."""
-    return f"Kahan<{len(recipe.slots())}>" if recipe.write.slots(parameter) else "Nearest"
+    return f"Kahan<{elementwise(recipe.slots())}>" if recipe.write.slots(parameter) else "Nearest"
+
+
+def elementwise(slots: Iterable[Slot]) -> int:
+    """How many slots a kernel has: those that have a number a row are none of its business, see `lines`."""
+    return sum(not slot.rows for slot in slots)

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shardopt.asks import Ask, Asking, Mean, Sum, Whole
+from shardopt.asks import Ask, Asking
 from shardopt.kernels.call import Call
 from shardopt.kernels.key import Key
+from shardopt.kernels.lines import Lines
+from shardopt.kernels.rounds import asks_of, rows_at, size_of, values_of, whole_of
 from shardopt.kernels.spans import PARAMETER, PIECE0, ROWS0, Places, Shape
-from shardopt.kernels.twins import FACTORED, WHOLE, Round
-from shardopt.rules import Hyper
+from shardopt.kernels.twins import FACTORED, SQUARES, WHOLE, Round, sums_rows
 
 MEANS = 1  # a column of a `Settle` of csrc/step.h
 LANES, SETTLED = 32, 1 << 10  # results of a CTA, see csrc/passes.h
@@ -54,7 +55,7 @@ class AskingCall(Call):
         self.views: list[tuple[int, ...]] = []
         self.owners: list[int] = []  # whose numbers
         self.lines: list[tuple[int, int]] = []  # pointers to the rows and columns of a factored slot
-        self.whole: list[tuple[Any, Mapping[str, Any], tuple[int, ...]]] = []  # rule, group, GLOBAL view
+        self.matrices: list[tuple[Any, Mapping[str, Any], Any, Mapping[str, Tensor], Any]] = []  # what `Lines` is given
         self.adjusted: dict[tuple[int, float], Mapping[str, Any]] = {}
 
     def add(self, item: Any, key: Key, shape: Shape, member: int) -> None:
@@ -66,7 +67,7 @@ class AskingCall(Call):
         self.views.append(item.layout.geo.local)
         self.owners.append(len(self.groups) - 1)
         self.device = item.p.device
-        self.whole.append((item.recipe.rule, item.group, item.layout.geo.view))
+        self.matrices.append((item.recipe.rule, item.group, item.layout.geo, item.state, item.codecs))
 
     def numbers_of(self, item: Any) -> Mapping[str, Any]:
         if WHOLE not in self.rounds:
@@ -90,6 +91,7 @@ class AskingCall(Call):
         begins = np.concatenate(([0], np.cumsum(sizes).ravel())).astype(np.int64)[:-1].reshape(-1, len(self.views))
         self.asks: list[dict[int, tuple[Ask, ...]]] = []
         self.told: list[Asked] = []
+        self.squares: list[list[Tensor]] = []  # of every round, sums of rows, (..., rows)
         for asked, kind, starts in zip(self.rounds, self.kinds, begins):
             self.asks.append(
                 {
@@ -97,6 +99,8 @@ class AskingCall(Call):
                     for member, view, start in zip(self.members, self.views, starts.tolist())
                 }
             )
+            rows = zip(starts.tolist(), self.views) if asked == SQUARES else ()
+            self.squares.append([rows_at(self.out, start, view) for start, view in rows])
             table = self.tables[kind]
             gathers = self.gathering(asked, table, self.out.data_ptr() + 8 * starts)
             self.told.append(Asked(table.rows, table.pieces, table.scratch, self.answers, gathers, self.settles))
@@ -107,7 +111,7 @@ class AskingCall(Call):
         for view, (row, _), (first, sums, places), out in zip(self.views, self.lines, table.places, outs):
             if asked == WHOLE:
                 continue
-            if "row means" not in asked:
+            if not sums_rows(asked):
                 found.append([[first * len(asked), 0, out, len(asked), places.pieces]])
                 continue
             found.append(gathers_of(places.lines, sums, out))
@@ -143,13 +147,18 @@ class AskingCall(Call):
             return self.run(addresses, totals, taken)
         numbers = self.function.prepared(self.numbers(addresses, totals))
         alive: list[Tensor] = []  # what the answers' pointers point to
+        lines = [Lines(*about) for about in self.matrices if SQUARES in self.rounds]
         for which in range(len(self.rounds)):
-            replies = yield self.asked(which, numbers, taken)
+            replies = yield self.asked(which, numbers, taken, lines)
             if replies is not None:
                 answers = [[reply.contiguous() for reply in replies[member]] for member in self.members]
+                if self.rounds[which] == SQUARES:
+                    answers = [[line.told(reply)] for line, reply in zip(lines, answers)]
                 self.answered(which, [[answer.data_ptr() for answer in row] for row in answers])
                 alive.extend(chain.from_iterable(answers))
         self.function.write(self.spans, self.tiles, numbers, self.counters, taken, self.told[-1])
+        for line in lines:
+            line.write(taken)
 
     def answered(self, which: int, pointers: Sequence[Sequence[int]]) -> None:
         """Where the answers of a round lie, those of every member."""
@@ -158,14 +167,16 @@ class AskingCall(Call):
         if self.rounds[which] == FACTORED:
             self.settles.rows[:, MEANS] = self.answers[:, first : first + 2].ravel()
 
-    def asked(self, which: int, numbers: Any, taken: Tensor | None) -> Mapping[int, Any]:
+    def asked(self, which: int, numbers: Any, taken: Tensor | None, lines: Sequence[Lines]) -> Mapping[int, Any]:
         """What is asked of every member in a round, worked out; nobody here keeps it."""
         asks: Mapping[int, Any] = self.asks[which]
         if self.rounds[which] == WHOLE:
             xs = [torch.empty(view, device=self.device) for view in self.views]
             self.answered(which, [[x.data_ptr()] for x in xs])  # until then it lies where the answer will
-            asks = {member: (whole_of(x, *about),) for member, x, about in zip(self.members, xs, self.whole)}
+            asks = {member: (whole_of(x, *about[:3]),) for member, x, about in zip(self.members, xs, self.matrices)}
         self.function.sums(which, self.spans, numbers, self.told[which], taken)
+        if self.rounds[which] == SQUARES:
+            asks = {member: line.asked(x) for member, line, x in zip(self.members, lines, self.squares[which])}
         return asks
 
 
@@ -204,48 +215,6 @@ def gathers_of(places: np.ndarray, first: int, out: int) -> np.ndarray:
 
 def counted(rows: np.ndarray, ctas: np.ndarray) -> Rows:
     return Rows(np.column_stack([rows, np.cumsum(ctas) - ctas]), int(ctas.sum()))
-
-
-def values_of(asked: Round) -> int:
-    """The sums of a whole piece that a round needs."""
-    if "column means" in asked:
-        return 1
-    return 0 if "row means" in asked or asked == WHOLE else len(asked)
-
-
-def whole_of(x: Tensor, rule: Any, group: Any, view: tuple[int, ...]) -> Whole:
-    return rule.asked(x, Hyper(group, shape=view))
-
-
-def size_of(word: str, local: tuple[int, ...]) -> int:
-    """How many sums an ask holds."""
-    return 0 if word in WHOLE else prod(shape_of_ask(word, local))
-
-
-def shape_of_ask(word: str, local: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of what is asked of a parameter of this local view."""
-    return {
-        "row means": local[:-1],
-        "column means": (*local[:-2], local[-1]),
-        "means": local[:-2],
-        "means of rows": local[:-2],
-    }.get(word, ())
-
-
-OVER: dict[str, Any] = {"row means": -1, "column means": -2, "means": (-2, -1), "means of rows": -2}
-
-
-def asks_of(asked: Round, local: tuple[int, ...], out: Tensor, start: int) -> Sequence[Ask]:
-    """The asks of one round of one parameter, whose sums lie in `out` one after another: the twin of what rules, codecs
-    and add-ons yield."""
-    found: list[Ask] = []
-    for word in asked if asked != WHOLE else ():
-        shape = shape_of_ask(word, local)
-        sums = out[start : start + prod(shape)].view(shape)
-        start += prod(shape)
-        over = OVER.get(word, tuple(range(len(local))))
-        found.append(Sum(sums, (), over) if word == "sum" else Mean(sums, (), over))
-    return found
 
 
 class Buckets:

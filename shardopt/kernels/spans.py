@@ -8,6 +8,8 @@ import numpy as np
 
 from shardopt.codecs.geometry import Geometry
 from shardopt.kernels.key import Key, Round
+from shardopt.kernels.lines import parts_by_row
+from shardopt.kernels.twins import sums_rows
 from shardopt.state import part_specs
 
 # columns of a `Span`; the pointers of the parts follow
@@ -83,9 +85,12 @@ class Shape(NamedTuple):
 
 
 def parts_of(codecs: Mapping[str, Any], layout: Any) -> list[Part]:
-    """The stored parts of a parameter, in order."""
+    """The stored parts of a parameter that its kernel reads and writes, in order."""
     ndim, found = len(layout.geo.view), []
+    others = parts_by_row(codecs, layout.geo.view)
     for name, part in part_specs(codecs, layout).items():
+        if name in others:
+            continue
         if part.dims is None or len(part.dims) == ndim:
             found.append(Part(name, part.dtype.itemsize, 1 if part.dims is None else part.dims[-1][1]))
         else:
@@ -124,7 +129,7 @@ def places_of(geo: Geometry, key: Key, spans: list[Any], cut: Pieces, by_column:
     that what they come to is a sum of equally distant terms.
     """
     found = np.zeros((len(spans), PIECE0 + 1), dtype=np.int64)
-    by_row = any("row means" in asked for asked in key.rounds if cut.kind(key, asked) == by_column)
+    by_row = any(sums_rows(asked) for asked in key.rounds if cut.kind(key, asked) == by_column)
     lines: dict[int, list[int]] = {}
     columns: dict[int, list[int]] = {}
     matrices: dict[int, list[int]] = {}

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from shardopt import addons, codecs, rules
+from shardopt.addons.variance import beta_of
 from shardopt.codecs.dynamic import table
 from shardopt.codecs.noise import stream_of
 from shardopt.rules import Rule
@@ -26,6 +27,12 @@ Round = tuple[str, ...]  # what one round asks, by the words of `shardopt.kernel
 
 
 WHOLE: Round = ("whole",)
+SQUARES: Round = ("row squares",)  # sums of squares of every row, answered by a float a row: see `lines`
+
+
+def sums_rows(asked: Round) -> bool:
+    """Whether a round needs the sums of rows."""
+    return "row means" in asked or asked == SQUARES
 
 
 class Twin(NamedTuple):
@@ -88,10 +95,17 @@ def adafactor(rule: rules.Adafactor, dtype: torch.dtype) -> Twin:
 
 
 def muon(rule: rules.Muon) -> Twin:
-    if rule.adjust_lr == "rms_rescale":
-        raise NoTwin("adjust_lr='rms_rescale' has no native twin")
-    switches = (rule.accumulate == "ema", rule.nesterov)
-    return Twin(f"Muon<{', '.join(map(flag, switches))}>", from_group("lr", "momentum", "factor"), (WHOLE,))
+    """Of Muon and its kin."""
+    switches = [rule.accumulate == "ema", rule.nesterov]
+    numbers, rounds = ["lr", "momentum", "factor"], [WHOLE, *(SQUARES for _ in rule.lines())]
+    if isinstance(rule, rules.AdaMuon):
+        numbers += ["beta2", "eps"]
+        switches += [rule.sign, rule.atan2, rule.scale == "clip"]
+        rounds += [("mean",)] * (rule.scale == "clip")
+    elif not isinstance(rule, rules.NorMuon):
+        switches += [bool(rule.lines())]
+    words = ", ".join(map(flag, switches))
+    return Twin(f"{type(rule).__name__}<{words}>", from_group(*numbers), tuple(rounds))
 
 
 # (rule, dtype of the parameter) -> its twin
@@ -102,6 +116,8 @@ RULES: dict[type[Rule], Callable[[Any, torch.dtype], Twin]] = {
     rules.RMSprop: lambda rule, dtype: rmsprop(rule),
     rules.Adafactor: adafactor,
     rules.Muon: lambda rule, dtype: muon(rule),
+    rules.NorMuon: lambda rule, dtype: muon(rule),
+    rules.AdaMuon: lambda rule, dtype: muon(rule),
 }
 
 
@@ -109,18 +125,28 @@ def clip_factor(addon: addons.ClipByGlobalNorm) -> Callable[[Any, Any], list[Any
     return lambda group, totals: [(addon.max_norm / (totals[addon.name].sqrt() + 1e-6)).clamp(max=1.0)]
 
 
-ADDONS: dict[type[addons.Addon], Callable[[Any], Twin]] = {
-    addons.ClipByGlobalNorm: lambda addon: Twin("ClipByGlobalNorm", clip_factor(addon)),
-    addons.CoupledDecay: lambda addon: Twin("CoupledDecay", from_group("weight_decay")),
-    addons.GradientCentralization: lambda addon: Twin("Centralize", nothing, (("row means",),)),
-    addons.OrthoGrad: lambda addon: Twin("OrthoGrad", nothing, (("sum", "sum", "sum"), ("sum",))),
-    addons.Grams: lambda addon: Twin("Grams", nothing),
-    addons.RMSClip: lambda addon: Twin("RMSClip", lambda group, totals: [addon.d], (("mean",),)),
-    addons.Cautious: lambda addon: Twin(
+def mars(addon: addons.Mars, slot: int) -> Twin:
+    def numbers(group: Any, totals: Any) -> list[Any]:
+        beta = beta_of(Hyper(group))
+        return [addon.gamma * beta / (1 - beta)]
+
+    return Twin(f"Mars<{slot}, {flag(addon.clip)}>", numbers, (("sum",),) if addon.clip else ())
+
+
+# (add-on, the number of its first slot) -> its twin
+ADDONS: dict[type[addons.Addon], Callable[[Any, int], Twin]] = {
+    addons.ClipByGlobalNorm: lambda addon, slot: Twin("ClipByGlobalNorm", clip_factor(addon)),
+    addons.CoupledDecay: lambda addon, slot: Twin("CoupledDecay", from_group("weight_decay")),
+    addons.GradientCentralization: lambda addon, slot: Twin("Centralize", nothing, (("row means",),)),
+    addons.OrthoGrad: lambda addon, slot: Twin("OrthoGrad", nothing, (("sum", "sum", "sum"), ("sum",))),
+    addons.Grams: lambda addon, slot: Twin("Grams", nothing),
+    addons.RMSClip: lambda addon, slot: Twin("RMSClip", lambda group, totals: [addon.d], (("mean",),)),
+    addons.Cautious: lambda addon, slot: Twin(
         f"Cautious<{flag(addon.count == 'active')}>", lambda group, totals: [addon.floor], (("sum", "sum"),)
     ),
-    addons.WeightDecay: lambda addon: Twin("WeightDecay", from_group("weight_decay")),
-    addons.CautiousDecay: lambda addon: Twin("CautiousDecay", from_group("weight_decay")),
+    addons.Mars: mars,
+    addons.WeightDecay: lambda addon, slot: Twin("WeightDecay", from_group("weight_decay")),
+    addons.CautiousDecay: lambda addon, slot: Twin("CautiousDecay", from_group("weight_decay")),
 }
 
 # what is done to every gradient first, by the words of `key_of`

@@ -1,5 +1,6 @@
 """Muon with a second moment of the orthogonal update: NorMuon (of its rows) and AdaMuon (of its elements)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ from shardopt.asks import Asking, Mean, Slot, Sum
 from shardopt.ieee import sqrt
 from shardopt.rules.base import Hyper, check
 from shardopt.rules.math import clip_rms
-from shardopt.rules.muon import Muon, blocks, rescaled
+from shardopt.rules.muon import Muon, blocks, squares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,23 +41,32 @@ class NorMuon(Muon):
     def slots(self) -> tuple[Slot, ...]:
         return (*super().slots(), Slot("row_sq", signed=False, rows=True))
 
-    def restoring(self, o: Tensor, w: Tensor, rows: int) -> Asking:
-        """||o|| / ||w|| of every matrix, of every block of `split`, to be multiplied with w."""
+    def lines(self) -> tuple[Callable[..., Asking], ...]:
+        return self.sizes, self.restoring
+
+    def sizes(self, s: Any, h: Hyper, of_o: Tensor) -> Asking:
+        """What every row of o is divided by."""
+        mean = yield Mean(of_o, dim=-1)
+        v = yield from s.row_sq.recur(h.beta2, mean * (1 - h.beta2))
+        return (sqrt(v) + h.eps).unsqueeze(-1)
+
+    def restoring(self, s: Any, h: Hyper, of_o: Tensor, of_w: Tensor) -> Asking:
+        """||o|| / ||w|| of every matrix, of every block of `split`, or what rescales w: to be multiplied with w."""
+        if self.adjust_lr == "rms_rescale":
+            return (yield from self.rescaling(s, h, of_w))
         if self.split is None:
-            before, after = yield Sum(o * o, dim=(-2, -1)), Sum(w * w, dim=(-2, -1))
+            before, after = yield Sum(of_o, dim=(-2, -1)), Sum(of_w, dim=(-2, -1))
             return (before / after.clamp(min=1e-30)).sqrt().float()[..., None, None]
-        of_each: Any = {"dim": (-2, -1), "blocks": blocks(self.split, rows)}
-        before, after = yield Mean(o * o, **of_each), Mean(w * w, **of_each)
+        of_each: Any = {"dim": (-2, -1), "blocks": blocks(self.split, h.shape[-2])}
+        before, after = yield Mean(of_o, **of_each), Mean(of_w, **of_each)
         return (before / after.clamp(min=1e-30)).sqrt().unsqueeze(-1)
 
     def update(self, p: Tensor, g: Tensor, s: Any, h: Hyper) -> Asking:
         o = yield from self.orthogonal(g, s, h)
-        mean = yield Mean(o * o, dim=-1)
-        v = yield from s.row_sq.recur(h.beta2, mean * (1 - h.beta2))
-        w = o / (sqrt(v) + h.eps).unsqueeze(-1)
-        if self.adjust_lr != "rms_rescale":
-            w = w * (yield from self.restoring(o, w, h.shape[-2]))
-        return (yield from self.scaled(w, h))
+        of_o = squares(o)
+        w = o / (yield from self.sizes(s, h, of_o))
+        w = w * (yield from self.restoring(s, h, of_o, squares(w)))
+        return w, *self.rates(h)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +107,12 @@ class AdaMuon(Muon):
     def slots(self) -> tuple[Slot, ...]:
         return (*super().slots(), Slot("exp_avg_sq", signed=False))
 
+    def lines(self) -> tuple[Callable[..., Asking], ...]:
+        return (self.rescaling,) if self.scale == "rms_rescale" else ()
+
+    def factor(self, view: tuple[int, ...]) -> float:
+        return 0.2 if self.scale == "clip" else 1.0
+
     def prepared(self, x: Tensor) -> Tensor:
         return torch.where(x.isnan(), x, x.sign()) if self.sign else x  # torch's sign of NaN is 0
 
@@ -108,5 +124,7 @@ class AdaMuon(Muon):
         else:
             u = o / (sqrt(v) + h.eps)
         if self.scale == "rms_rescale":
-            return (yield from rescaled(u, h.shape, self.split)), h.lr, h.lr
-        return clip_rms(u, (yield Mean(u * u)), 1.0), 0.2 * h.lr, h.lr
+            u = u * (yield from self.rescaling(s, h, squares(u)))
+        else:
+            u = clip_rms(u, (yield Mean(u * u)), 1.0)
+        return u, *self.rates(h)

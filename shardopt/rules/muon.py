@@ -1,10 +1,11 @@
 """Muon and its kin: a momentum, orthogonalized as a whole matrix, wherever its shards are."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from shardopt.asks import Asking, Mean, Slot, Sum, Whole, Wire
@@ -130,7 +131,23 @@ class Muon(Rule):
 
     def update(self, p: Tensor, g: Tensor, s: Any, h: Hyper) -> Asking:
         o = yield from self.orthogonal(g, s, h)
-        return (yield from self.scaled(o, h))
+        if self.adjust_lr == "rms_rescale":
+            o = o * (yield from self.rescaling(s, h, squares(o)))
+        return o, *self.rates(h)
+
+    def lines(self) -> tuple[Callable[..., Asking], ...]:
+        """What `update` asks of the rows of what o becomes, in order: generators from the `squares` of all that it has
+        been so far to a factor, or a divisor, of every local row, float32, (..., rows or 1, 1). Kernels add up the
+        squares, and these make of them what the reference makes of them."""
+        return (self.rescaling,) if self.adjust_lr == "rms_rescale" else ()
+
+    def rescaling(self, s: Any, h: Hyper, rows: Tensor) -> Asking:
+        """What gives every matrix of a stack, every block of `split`, an RMS of 0.2; 0 stays 0. Asks a norm."""
+        if self.split is not None:
+            mean = yield Mean(rows, dim=(-2, -1), blocks=blocks(self.split, h.shape[-2]))
+            return (0.2 / mean.sqrt().clamp(min=1e-12)).unsqueeze(-1)
+        norm = (yield Sum(rows, dim=(-2, -1))).sqrt().clamp(min=1e-8)
+        return (0.2 * sqrt(h.shape[-2] * h.shape[-1]) / norm).float()[..., None, None]
 
     def orthogonal(self, g: Tensor, s: Any, h: Hyper) -> Asking:
         """Momentum, then the polar factor of what the step is made of."""
@@ -146,12 +163,10 @@ class Muon(Rule):
         work, wire, mode = self.whole(h.shape)
         return Whole(x, work, wire, "local" if self.mode == "periodic" and h.phase % self.period else mode)
 
-    def scaled(self, o: Tensor, h: Hyper) -> Asking:
-        """(direction, its step, the decay's step) of an orthogonal o."""
-        if self.adjust_lr == "rms_rescale":
-            return (yield from rescaled(o, h.shape, self.split)), h.lr, h.lr
+    def rates(self, h: Hyper) -> tuple[Any, Any]:
+        """The direction's step and the decay's."""
         rate = h.lr.double() if isinstance(h.lr, Tensor) else h.lr  # a product that is rounded once
-        return o, rate * self.factor(h.shape), h.lr
+        return rate * self.factor(h.shape), h.lr
 
     def factor(self, view: tuple[int, ...]) -> float:
         """Of the learning rate, for a parameter of this GLOBAL view; of a split one every block has its own."""
@@ -179,13 +194,9 @@ class Muon(Rule):
             group["phase"] = (group["phase"] + 1) % self.period
 
 
-def rescaled(u: Tensor, view: tuple[int, ...], split: Any) -> Asking:
-    """u with an RMS of 0.2, every matrix of a stack, every block of `split`, by itself; 0 stays 0. Asks a norm."""
-    if split is not None:
-        mean = yield Mean(u * u, dim=(-2, -1), blocks=blocks(split, view[-2]))
-        return u * (0.2 / mean.sqrt().clamp(min=1e-12)).unsqueeze(-1)
-    norm = (yield Sum(u * u, dim=(-2, -1))).sqrt().clamp(min=1e-8)
-    return u * (0.2 * sqrt(view[-2] * view[-1]) / norm).float()[..., None, None]
+def squares(x: Tensor) -> Tensor:
+    """x's squares, added up along every local row: (..., rows, 1) float64."""
+    return (x * x).sum(dim=-1, keepdim=True, dtype=torch.float64)
 
 
 def blocks(split: Any, rows: int) -> tuple[int, ...]:
