@@ -5,6 +5,7 @@
 namespace shardopt {
 
 #ifdef __CUDACC_RTC__
+#define ROLLED _Pragma("unroll 1")
 template <class T>
 HD T* in_memory(T* x) {  // not in shared memory, which a pointer that was kept there could be
   __builtin_assume(__isGlobal(x));
@@ -36,6 +37,7 @@ HD float peak(float most, float x) {
   return y;
 }
 #else
+#define ROLLED
 template <class T>
 HD T* in_memory(T* x) {
   return x;

@@ -54,17 +54,25 @@ struct Pack {
     }
   }
 
-  // Number `at` of an array's eights; n: how many elements exist; wide: all, where 16 bytes can be moved at a time.
-  HD void load(const void* array, u32 at, int n = 8, bool wide = true) {
-    const u8* from = (const u8*)in_memory(array) + (u64)at * bytes;
-    if (wide) {
-      copy(word, from);
-    } else {
-      UNROLL for (int i = 0; i < words; i++) word[i] = 0;
-      UNROLL for (int i = 0; i < entries; i++)
-        if (C::packed * i < n) word[i / of] |= (u32)((const Entry*)from)[i] << 8 * (int)sizeof(Code) * (i % of) % 32;
-    }
+  // Drops element 0, moves the others up and appends one: a loop that is not unrolled can have registers only like this.
+  HD void turn(u32 code) {
+    constexpr int width = C::packed == 2 ? 4 : 8 * (int)sizeof(Code), last = words - 1;
+    UNROLL for (int i = 0; i < words; i++)
+      word[i] = (u32)((i < last ? (u64)word[i < last ? i + 1 : i] << 32 | word[i] : word[i]) >> width);
+    word[last] |= code << (32 - width);
   }
+
+  // Number `at` of an array's eights, which is whole and aligned.
+  HD void load(const void* array, u32 at) { copy(word, (const u8*)in_memory(array) + (u64)at * bytes); }
+  // Element i of an array; 0 where it does not exist.
+  HD static auto one(const void* array, u32 i, bool exists) {
+    const Code* from = (const Code*)in_memory(array);
+    if constexpr (C::packed == 2)
+      return exists ? from[i / 2] >> 4 * (i % 2) & 15 : 0;
+    else
+      return exists ? from[i] : Code(0);
+  }
+  // n: how many elements exist; wide: all, where 16 bytes can be moved at a time.
   HD void store(void* array, u32 at, int n = 8, bool wide = true) const {
     u8* to = (u8*)in_memory(array) + (u64)at * bytes;
     if (wide)
@@ -89,6 +97,11 @@ struct Unpacked {  // elements of parameters and gradients are packed as codes a
 };
 template <class Memory>
 using Elements = Pack<Unpacked<Memory>>;
+
+HD void turn(float (&x)[8], float last) {  // the same of numbers
+  UNROLL for (int i = 0; i < 7; i++) x[i] = x[i + 1];
+  x[7] = last;
+}
 
 HD u32 as_word(float x) { return bits(x); }
 template <class T>

@@ -97,7 +97,10 @@ struct Held {
   static constexpr bool quick = CALM && Calm<C<I>>::doubts;
 
   u32 column, at;  // of the lane's first element: global, and eighths from the first of the run
+  template <int... I>
+  static Leaves<Seq<I...>, Pack<C<I>>...> packs_of(Seq<I...>);
   Elements<typename K::P> changed;
+  decltype(packs_of(typename Count<slots>::type{})) packs;  // what is stored
   float fresh[slots + 1][E];
   u32 most[slots + 1], fewest[slots + 1];  // bits of the extremes
   Range range, dividends, squares;
@@ -114,29 +117,27 @@ struct Held {
 
   // Noise of the lane's elements but for the last steps.
   HD void draw(const typename Run::Draw& d, u32 (&products)[E]) const {
-    if constexpr (CALM) {
-      d.steps.products(noise_from(d.key, column), products);
-    } else {
-      const u32 near = noise_from(d.key, column);
-      UNROLL for (u32 e = 0; e < E; e++)
-        products[e] = in_blocks ? noise_product(near ^ e) : noise_product(noise_from(d.key, column + e));
-    }
+    d.steps.products(noise_from(d.key, column), products);
+  }
+
+  template <int I>
+  HD u32 drawn(const Run& a, int e) const {  // the same of one element
+    return C<I>::stream != 0 ? noise_at(a.draws[I + 1].key, column + (u32)e) : 0;
   }
 
   template <int... I>
   HD void update(const Run& a, Seq<I...> seq) {
     const auto& h = a.scalars;
     const int n = existing(a);
-    const bool all = wide(a);
     Elements<typename K::G> gradient;
     Leaves<Seq<I...>, Pack<C<I>>...> stored;
     Leaves<Seq<I...>, Opened<C<I>, (C<I>::block > 0)>...> opened;
-    changed.load(a.p, at, n, all), gradient.load(a.g, at, n, all);
+    if constexpr (CALM) changed.load(a.p, at), gradient.load(a.g, at);
     range = dividends = squares = {};
     each(
         [&](auto i) {
           constexpr int S = decltype(i)::value;
-          pick<S>(stored).load(a.codes[S], at, n, all);
+          if constexpr (CALM) pick<S>(stored).load(a.codes[S], at);
           if constexpr (C<S>::block > 0) {
             pick<S>(opened) = Opened<C<S>, true>::at(number<S>(a, 0), number<S>(a, C<S>::numbers - 1));
             if constexpr (quick<S>) range.add(bits(pick<S>(opened).scale.scale));
@@ -145,16 +146,23 @@ struct Held {
         seq);
     u32 high[slots + 1] = {}, low[slots + 1], words[E], products[E];
     ((low[I] = inf_bits - 1), ...);  // less 1, which makes a 0 the largest of all
-    if constexpr (noisy) draw(a.draws[0], products);
-    UNROLL for (int e = 0; e < E; e++) {
-      float x = K::P::load(changed.get(e)), d = K::G::load(gradient.get(e)), old[slots + 1], made[slots + 1], want[1];
+    if constexpr (noisy && CALM) draw(a.draws[0], products);
+    auto element = [&](int e) {
+      const auto given = [&](auto& pack, const void* array) {
+        if constexpr (CALM)
+          return pack.get(e);
+        else
+          return pack.one(array, at * E + (u32)e, e < n);
+      };
+      float x = K::P::load(given(changed, a.p)), d = K::G::load(given(gradient, a.g));
+      float old[slots + 1], made[slots + 1], want[1];
       each(
           [&](auto i) {
             constexpr int S = decltype(i)::value;
             if constexpr (quick<S>)
               old[S] = Calm<C<S>>::decode(pick<S>(stored), e, pick<S>(opened).scale, a.two23);
             else
-              old[S] = pick<S>(opened).decode(pick<S>(stored).get(e));
+              old[S] = pick<S>(opened).decode(given(pick<S>(stored), a.codes[S]));
           },
           seq);
       const Nothing nothing;
@@ -167,12 +175,21 @@ struct Held {
         u = K::template direction<0>(x, d, cells, h, want);
       }
       const float delta = K::Decay::delta(u * h.rule.step, x, u, h.lr, h.decay);
-      const u32 random = noisy ? noise_of_product(products[e]) : 0;
-      words[e] = as_word(K::Write::template apply<typename Rounding::Memory>(x, delta, old, made, random));
+      const u32 random = noisy ? CALM ? noise_of_product(products[e]) : noise_at(a.draws[0].key, column + e) : 0;
+      const u32 word = as_word(K::Write::template apply<typename Rounding::Memory>(x, delta, old, made, random));
+      if constexpr (CALM)
+        words[e] = word;
+      else
+        changed.turn(word);
       each(
           [&](auto i) {
             constexpr int S = decltype(i)::value;
-            fresh[S][e] = made[S];
+            if constexpr (CALM)
+              fresh[S][e] = made[S];
+            else if constexpr (C<S>::block > 0)
+              turn(fresh[S], made[S]);
+            else
+              pick<S>(packs).turn(as_word(C<S>::encode(made[S], drawn<S>(a, e))));
             if constexpr (C<S>::block > 0) {
               if constexpr (quick<S> && !Calm<C<S>>::is_signed) {
                 high[S] = larger(high[S], bits(made[S]));
@@ -183,8 +200,13 @@ struct Held {
             }
           },
           seq);
+    };
+    if constexpr (CALM) {
+      UNROLL for (int e = 0; e < E; e++) element(e);
+      changed.set(words, Rounding::at);
+    } else {
+      ROLLED for (int e = 0; e < E; e++) element(e);
     }
-    changed.set(words, Rounding::at);
     spoilt = 0;
     if constexpr (added) UNROLL for (int i = 0; i < E / 2; i++) spoilt = broken(changed.word[i], spoilt);
     ((most[I] = high[I], fewest[I] = low[I] + 1), ...);
@@ -202,44 +224,33 @@ struct Held {
            squares.calm(Calmly<K>::least_square, Calmly<K>::most_square);
   }
 
-  // Encode and write everything, and move on by a tile. The lane that holds a block's first element stores its numbers.
-  template <int... I>
-  HD void finish(const Run& a, Seq<I...> seq) {
-    Leaves<Seq<I...>, Pack<C<I>>...> packs;
+  // Encode and write everything, and move on by a tile.
+  HD void finish(const Run& a) {
     bool doubtful[slots + 1] = {}, any = false;
-    each([&](auto i) { doubtful[decltype(i)::value] = encode<decltype(i)::value>(a, pick<decltype(i)::value>(packs)); },
-         seq);
-    ((any = any || doubtful[I]), ...);
-    if (any) each(
-        [&](auto i) {
-          constexpr int S = decltype(i)::value;
-          if constexpr (quick<S>)
-            if (doubtful[S]) exact<S>(a, pick<S>(packs));
-        },
-        seq);
+    each<slots>([&](auto i) {
+      constexpr int S = decltype(i)::value;
+      doubtful[S] = encode<S>(a, pick<S>(packs)), any = any || doubtful[S];
+    });
+    if (any) each<slots>([&](auto i) {
+        constexpr int S = decltype(i)::value;
+        if constexpr (quick<S>)
+          if (doubtful[S]) exact<S>(a, pick<S>(packs));
+      });
     const int n = existing(a);
     const bool all = wide(a);
     changed.store(a.p, at, n, all);
-    each([&](auto i) { pick<decltype(i)::value>(packs).store(a.codes[decltype(i)::value], at, n, all); }, seq);
+    each<slots>([&](auto i) { pick<decltype(i)::value>(packs).store(a.codes[decltype(i)::value], at, n, all); });
     at += tile / E, column += tile;
   }
-  HD void finish(const Run& a) { finish(a, typename Count<slots>::type{}); }
 
+  // Whether the result is in doubt.
   template <int I>
   HD bool encode(const Run& a, Pack<C<I>>& pack) {
     using Q = Calm<C<I>>;
-    if constexpr (C<I>::block > 0) {
-      if (at % (C<I>::block / E) == 0 && existing(a) > 0) {
-        float stored[2];
-        if constexpr (quick<I>)
-          stored[0] = Q::number(most[I]);
-        else
-          C<I>::close(most[I], fewest[I], stored);
-        each<C<I>::numbers>([&](auto w) { *number<I>(a, decltype(w)::value) = stored[decltype(w)::value]; });
-      }
-    }
+    float stored[2];
     if constexpr (quick<I>) {
-      const float scale = Q::close(most[I]);
+      const float stored[2] = {Q::number(most[I])}, scale = Q::close(most[I]);
+      keep<I>(a, stored);
       u32 words[E], products[E];
       Doubt doubt;
       if constexpr (C<I>::stream != 0) draw(a.draws[I + 1], products);
@@ -250,29 +261,50 @@ struct Held {
       pack.set(words, Q::at);
       UNROLL for (int i = 0; i < 2; i++) pack.word[i] = Q::finish(pack.word[i]);
       return doubt.found(Q::margin);
-    } else {
+    } else if constexpr (CALM || C<I>::block > 0) {
       exact<I>(a, pack);
-      return false;
     }
+    return false;
   }
+
+  // The lane that holds a block's first element stores its numbers.
+  template <int I>
+  HD void keep(const Run& a, const float (&stored)[2]) const {
+    if (at % (C<I>::block / E) == 0 && existing(a) > 0)
+      each<C<I>::numbers>([&](auto w) { *number<I>(a, decltype(w)::value) = stored[decltype(w)::value]; });
+  }
+
   template <int I>
   HD void exact(const Run& a, Pack<C<I>>& pack) {
-    u32 words[E], products[E] = {};
-    if constexpr (C<I>::stream != 0) draw(a.draws[I + 1], products);
-    auto drawn = [&](int e) { return C<I>::stream != 0 ? noise_of_product(products[e]) : 0u; };
     if constexpr (C<I>::block > 0) {
       float stored[2];
       const auto encoder = C<I>::close(most[I], fewest[I], stored);
-      UNROLL for (int e = 0; e < E; e++)
-        words[e] = as_word((typename C<I>::Code)C<I>::encode(C<I>::prepare(fresh[I][e]), encoder, drawn(e)));
+      if constexpr (!quick<I>) keep<I>(a, stored);
+      encode_all<I>(a, pack, [&](float x, u32 noise) {
+        return as_word((typename C<I>::Code)C<I>::encode(C<I>::prepare(x), encoder, noise));
+      });
     } else {
-      UNROLL for (int e = 0; e < E; e++) words[e] = as_word(C<I>::encode(fresh[I][e], drawn(e)));
+      encode_all<I>(a, pack, [](float x, u32 noise) { return as_word(C<I>::encode(x, noise)); });
     }
-    if constexpr (!CALM && C<I>::packed == 2) {
+  }
+  // Where it is rare, by a loop: eight copies take a compiler eight times as long.
+  template <int I, class F>
+  HD void encode_all(const Run& a, Pack<C<I>>& pack, F&& encode) {
+    if constexpr (CALM && !quick<I>) {
+      u32 words[E], products[E];
+      if constexpr (C<I>::stream != 0) draw(a.draws[I + 1], products);
+      UNROLL for (int e = 0; e < E; e++)
+        words[e] = encode(fresh[I][e], C<I>::stream != 0 ? noise_of_product(products[e]) : 0);
+      pack.set(words);
+    } else {
       const int n = existing(a);
-      UNROLL for (int e = 1; e < E; e += 2) words[e] = e == n ? (u32)C<I>::zero : words[e];
+      ROLLED for (int e = 0; e < E; e++) {
+        const float x = fresh[I][0];
+        u32 code = encode(x, drawn<I>(a, e));
+        if constexpr (C<I>::packed == 2) code = e % 2 == 1 && e == n ? (u32)C<I>::zero : code;
+        pack.turn(code), turn(fresh[I], x);
+      }
     }
-    pack.set(words);
   }
 };
 
