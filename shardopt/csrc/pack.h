@@ -35,12 +35,15 @@ struct Pack {
     else
       return (Code)(word[i / of] >> 8 * (int)sizeof(Code) * (i % of));
   }
+  HD u32 nibbles_from(int i) const { return word[0] >> 4 * i; }
   HD int signed_byte(int i) const { return (int)pick_bytes(word[i / 4], 0, 0x8880u + 0x1111u * (u32)(i % 4)); }
 
   HD void set(const u32 (&codes)[8], int at = 0) {  // at: the first byte of a code in its word
     if constexpr (C::packed == 2) {
-      word[0] = 0;
-      UNROLL for (int i = 0; i < 8; i++) word[0] |= codes[i] << 4 * i;
+      const u32 *x = codes, pair = 0x40u + 0x11u * (u32)at;
+      const u32 even = pick_bytes(pick_bytes(x[0], x[2], pair), pick_bytes(x[4], x[6], pair), 0x5410u);
+      const u32 odd = pick_bytes(pick_bytes(x[1], x[3], pair), pick_bytes(x[5], x[7], pair), 0x5410u);
+      word[0] = (even & 0x0f0f0f0fu) | (odd << 4 & 0xf0f0f0f0u);
     } else {
       UNROLL for (int i = 0; i < words; i++) {
         const u32 *x = codes + of * i, pair = 0x40u + 0x11u * (u32)at;  // that byte of the first, then of the second
