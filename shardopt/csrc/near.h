@@ -6,6 +6,7 @@ namespace shardopt {
 
 #ifdef __CUDACC_RTC__
 #define ROLLED _Pragma("unroll 1")
+HD void forget() { asm volatile("" ::: "memory"); }  // what was read of memory: a loop that reads it anew has registers
 template <class T>
 HD T* in_memory(T* x) {  // not in shared memory, which a pointer that was kept there could be
   __builtin_assume(__isGlobal(x));
@@ -50,6 +51,7 @@ HD float peak(float most, float x) {
 }
 #else
 #define ROLLED
+HD void forget() {}
 template <class T>
 HD T* in_memory(T* x) {
   return x;

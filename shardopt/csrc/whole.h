@@ -163,7 +163,7 @@ struct Held {
       UNROLL for (int e = 0; e < E; e++) element(e);
       changed.set(words, Rounding::at);
     } else {
-      ROLLED for (int e = 0; e < E; e++) element(e);
+      ROLLED for (int e = 0; e < E; e++) forget(), element(e);
     }
     spoilt = 0;
     if constexpr (added) UNROLL for (int i = 0; i < E / 2; i++) spoilt = broken(changed.word[i], spoilt);
@@ -284,6 +284,7 @@ struct Held {
     } else {
       const int n = existing(a);
       ROLLED for (int e = 0; e < E; e++) {
+        forget();
         u32 code = encode(fresh[I][0], drawn<I>(a, e));
         if constexpr (C<I>::packed == 2) code = e % 2 == 1 && e == n ? (u32)C<I>::zero : code;
         pack.turn(code), turn(fresh[I], 0);
