@@ -13,6 +13,17 @@ struct Warp {
   __device__ __forceinline__ void lanes(F&& f) {
     f(member, lane());
   }
+  struct Look {
+    Member& member;
+    template <int WIDTH, class Of>
+    __device__ __forceinline__ u32 at(Of&& of, u32 i) const {
+      return __shfl_sync(~0u, of(member), (int)i, WIDTH);
+    }
+  };
+  template <class F>
+  __device__ __forceinline__ void looking(F&& f) {
+    f(member, Look{member});
+  }
   __device__ static int lane() {  // asked anew every time, which costs no register
     int x;
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(x));

@@ -31,6 +31,18 @@ struct EmulatedWarp {
   void lanes(F&& f) {
     for (int lane = 0; lane < 32; lane++) f(members[lane], lane);
   }
+  struct Look {
+    EmulatedWarp& team;
+    int lane;
+    template <int WIDTH, class Of>
+    u32 at(Of&& of, u32 i) const {
+      return of(team.members[(lane & ~(WIDTH - 1)) | (int)(i & (WIDTH - 1))]);
+    }
+  };
+  template <class F>
+  void looking(F&& f) {
+    for (int lane = 0; lane < 32; lane++) f(members[lane], Look{*this, lane});
+  }
   template <int WIDTH, class At, class Op>
   void meet(At&& at, Op) {
     for (int offset = WIDTH / 2; offset; offset /= 2)

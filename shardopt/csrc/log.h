@@ -41,24 +41,28 @@ HD float octaves_from(float x, float lo) {
   return fused(polynomial(s.fraction, c), s.fraction, (float)s.exponent - lo);
 }
 
-// log2 x within 1e-12
-HD double log2_of(float x) {
-  constexpr double c[] = {0x1.71547652b89f4p+0,  -0x1.715476528dae2p-1, 0x1.ec709dbd14f68p-2,  -0x1.715476b3692fap-2,
-                          0x1.2776c9480959cp-2,  -0x1.ec70626b419f7p-3, 0x1.a61543ff0473ep-3,  -0x1.715b798a261b0p-3,
-                          0x1.488d301e9b7fep-3,  -0x1.272d0f92924b0p-3, 0x1.087be9aaf926bp-3,  -0x1.e9e2951d41a2cp-4,
-                          0x1.0246bcbf6680ep-3,  -0x1.fa4c81592c3d1p-4, 0x1.0338c5f2efd1ap-4};
-  Parts2 s = split(x);
-  double r = s.fraction;
-  return (double)s.exponent + polynomial(r, c) * r;
-}
+// Of 15 terms: a GPU reads them in its constant memory, where each would take two registers otherwise.
+COEFFICIENTS double log2_terms[] = {
+    0x1.71547652b89f4p+0,  -0x1.715476528dae2p-1, 0x1.ec709dbd14f68p-2,  -0x1.715476b3692fap-2, 0x1.2776c9480959cp-2,
+    -0x1.ec70626b419f7p-3, 0x1.a61543ff0473ep-3,  -0x1.715b798a261b0p-3, 0x1.488d301e9b7fep-3,  -0x1.272d0f92924b0p-3,
+    0x1.087be9aaf926bp-3,  -0x1.e9e2951d41a2cp-4, 0x1.0246bcbf6680ep-3,  -0x1.fa4c81592c3d1p-4, 0x1.0338c5f2efd1ap-4};
+COEFFICIENTS double pow2_terms[] = {
+    0x1.0000000000001p+0,  0x1.62e42fefa3a2cp-1,  0x1.ebfbdff82c49cp-3,  0x1.c6b08d703a5e4p-5,
+    0x1.3b2ab6fbbf3c8p-7,  0x1.5d87fea162318p-10, 0x1.430912bf904b0p-13, 0x1.ffcb4a4505facp-17,
+    0x1.62c06cd370252p-20, 0x1.b67e30af9669ep-24, 0x1.e52326a4a865ep-28};
 
-// 2^y within 1e-15, -149 <= y <= 128
+// log2 x within 1e-12
+HD double log2_of(Parts2 x) {
+  const double r = x.fraction;
+  return (double)x.exponent + polynomial(r, log2_terms) * r;
+}
+HD double log2_of(float x) { return log2_of(split(x)); }
+
+// 2^f within 1e-15, -1/2 <= f <= 1/2; 2^y within 1e-15, -149 <= y <= 128
+HD double pow2_of_fraction(double f) { return polynomial(f, pow2_terms); }
 HD double pow2_of(double y) {
-  constexpr double c[] = {0x1.0000000000001p+0,  0x1.62e42fefa3a2cp-1,  0x1.ebfbdff82c49cp-3,  0x1.c6b08d703a5e4p-5,
-                          0x1.3b2ab6fbbf3c8p-7,  0x1.5d87fea162318p-10, 0x1.430912bf904b0p-13, 0x1.ffcb4a4505facp-17,
-                          0x1.62c06cd370252p-20, 0x1.b67e30af9669ep-24, 0x1.e52326a4a865ep-28};
-  double whole = nearest_of(y), f = y - whole;
-  return polynomial(f, c) * bits_to_double((u64)(1023 + (i64)(int)whole) << 52);
+  const double whole = nearest_of(y);
+  return pow2_of_fraction(y - whole) * bits_to_double((u64)(1023 + (i64)(int)whole) << 52);
 }
 
 }  // namespace shardopt

@@ -1,15 +1,29 @@
 // What a GPU does in one instruction, near enough or several at once; with twins for the emulated GPU.
 #pragma once
-#include "platform.h"
+#include "log.h"
 
 namespace shardopt {
 
 #ifdef __CUDACC_RTC__
+#define ROLLED _Pragma("unroll 1")
+HD void forget() { asm volatile("" ::: "memory"); }  // what was read of memory: a loop that reads it anew has registers
 template <class T>
 HD T* in_memory(T* x) {  // not in shared memory, which a pointer that was kept there could be
   __builtin_assume(__isGlobal(x));
   return x;
 }
+HD float log2_near(float x) {  // within 2^-22, beyond [1/2, 2] within 2 ulp; -inf of a subnormal x
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+HD float reciprocal_near(float x) {  // within 1 ulp
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+HD float at_least(float x, float low) { return fmaxf(x, low); }  // of NaN: low
+HD u32 low_word(double x) { return (u32)__double2loint(x); }
 HD u32 pick_bytes(u32 low, u32 high, u32 selector) { return __byte_perm(low, high, selector); }
 HD u32 smaller_sums(u32 a, u32 b, u32 c) { return __viaddmin_u16x2(a, b, c); }
 HD u32 opaque(u32 x) {  // what the compiler may not see through
@@ -36,6 +50,8 @@ HD float peak(float most, float x) {
   return y;
 }
 #else
+#define ROLLED
+HD void forget() {}
 template <class T>
 HD T* in_memory(T* x) {
   return x;
@@ -45,6 +61,17 @@ HD float worst(float x) {  // off by up to 2 ulp, as what the GPU has may be
 }
 HD float sqrt_near(float x) { return x < 0x1p-126f ? 0.0f : worst(root(x)); }
 HD float rsqrt_near(float x) { return worst(1.0f / root(x)); }
+HD float log2_near(float x) {
+  const double y = log2_of(x), error = (i32)(bits(x) * 0x9E3779B9u) * (0x1p-31 * 0x1p-22);
+  return x < 0x1p-126f ? -from_bits(inf_bits) : x == x ? (float)(y + error * (y < -1 || y > 1 ? y : 1)) : x;
+}
+HD float reciprocal_near(float x) { return worst(1.0f / x); }
+HD float at_least(float x, float low) { return x > low ? x : low; }
+HD u32 low_word(double x) {
+  u64 y;
+  __builtin_memcpy(&y, &x, sizeof y);
+  return (u32)y;
+}
 HD u32 pick_bytes(u32 low, u32 high, u32 selector) {
   const u64 both = (u64)high << 32 | low;
   u32 y = 0;

@@ -35,12 +35,15 @@ struct Pack {
     else
       return (Code)(word[i / of] >> 8 * (int)sizeof(Code) * (i % of));
   }
+  HD u32 nibbles_from(int i) const { return word[0] >> 4 * i; }
   HD int signed_byte(int i) const { return (int)pick_bytes(word[i / 4], 0, 0x8880u + 0x1111u * (u32)(i % 4)); }
 
   HD void set(const u32 (&codes)[8], int at = 0) {  // at: the first byte of a code in its word
     if constexpr (C::packed == 2) {
-      word[0] = 0;
-      UNROLL for (int i = 0; i < 8; i++) word[0] |= codes[i] << 4 * i;
+      const u32 *x = codes, pair = 0x40u + 0x11u * (u32)at;
+      const u32 even = pick_bytes(pick_bytes(x[0], x[2], pair), pick_bytes(x[4], x[6], pair), 0x5410u);
+      const u32 odd = pick_bytes(pick_bytes(x[1], x[3], pair), pick_bytes(x[5], x[7], pair), 0x5410u);
+      word[0] = (even & 0x0f0f0f0fu) | (odd << 4 & 0xf0f0f0f0u);
     } else {
       UNROLL for (int i = 0; i < words; i++) {
         const u32 *x = codes + of * i, pair = 0x40u + 0x11u * (u32)at;  // that byte of the first, then of the second
@@ -54,17 +57,25 @@ struct Pack {
     }
   }
 
-  // Number `at` of an array's eights; n: how many elements exist; wide: all, where 16 bytes can be moved at a time.
-  HD void load(const void* array, u32 at, int n = 8, bool wide = true) {
-    const u8* from = (const u8*)in_memory(array) + (u64)at * bytes;
-    if (wide) {
-      copy(word, from);
-    } else {
-      UNROLL for (int i = 0; i < words; i++) word[i] = 0;
-      UNROLL for (int i = 0; i < entries; i++)
-        if (C::packed * i < n) word[i / of] |= (u32)((const Entry*)from)[i] << 8 * (int)sizeof(Code) * (i % of) % 32;
-    }
+  // Drops element 0, moves the others up and appends one: a loop that is not unrolled can have registers only like this.
+  HD void turn(u32 code) {
+    constexpr int width = C::packed == 2 ? 4 : 8 * (int)sizeof(Code), last = words - 1;
+    UNROLL for (int i = 0; i < words; i++)
+      word[i] = (u32)((i < last ? (u64)word[i < last ? i + 1 : i] << 32 | word[i] : word[i]) >> width);
+    word[last] |= code << (32 - width);
   }
+
+  // Number `at` of an array's eights, which is whole and aligned.
+  HD void load(const void* array, u32 at) { copy(word, (const u8*)in_memory(array) + (u64)at * bytes); }
+  // Element i of an array; 0 where it does not exist.
+  HD static auto one(const void* array, u32 i, bool exists) {
+    const Code* from = (const Code*)in_memory(array);
+    if constexpr (C::packed == 2)
+      return exists ? from[i / 2] >> 4 * (i % 2) & 15 : 0;
+    else
+      return exists ? from[i] : Code(0);
+  }
+  // n: how many elements exist; wide: all, where 16 bytes can be moved at a time.
   HD void store(void* array, u32 at, int n = 8, bool wide = true) const {
     u8* to = (u8*)in_memory(array) + (u64)at * bytes;
     if (wide)
@@ -89,6 +100,11 @@ struct Unpacked {  // elements of parameters and gradients are packed as codes a
 };
 template <class Memory>
 using Elements = Pack<Unpacked<Memory>>;
+
+HD void turn(float (&x)[8], float last) {  // the same of numbers
+  UNROLL for (int i = 0; i < 7; i++) x[i] = x[i + 1];
+  x[7] = last;
+}
 
 HD u32 as_word(float x) { return bits(x); }
 template <class T>

@@ -8,11 +8,13 @@
 #define IVDEP UNROLL
 #define SHARDOPT_REGISTERS  // see tile.h
 #define CONSTANTS static const float  // global memory, which L1 caches
+#define COEFFICIENTS __constant__  // memory whose numbers are operands
 #else
 extern "C" double pow(double, double), sqrt(double), atan2(double, double);  // <math.h> is a third of a compilation
 #define HD inline __attribute__((always_inline))
 #define UNROLL
 #define CONSTANTS static const float  // a table in memory, not on the stack
+#define COEFFICIENTS constexpr
 #if defined(__clang__)
 #define IVDEP _Pragma("clang loop vectorize(enable) interleave(enable)")
 #else

@@ -1,6 +1,7 @@
 // A warp and a CTA at work, over abstract teams: cuda.h supplies real ones, emulated.h loops over lanes on a CPU.
 //
-//   Team   lanes(f): f(member, lane) for the lanes that this thread stands for; meet<WIDTH>(at, op): the register
+//   Team   lanes(f): f(member, lane) for the lanes that this thread stands for; looking(f): f(member, look) for all lanes,
+//          where look.at<WIDTH>(of, i) is of(member) for lane i mod WIDTH of this lane's group of WIDTH; meet<WIDTH>(at, op): the register
 //          at(member) becomes op over each group of WIDTH lanes; sum(at): the float64 becomes the sum of all lanes;
 //          any(f): whether f(member) for any; once(f): f by one lane, then visible to all; Of<M>: with other members
 //   Cta    once(f): f by one thread, then visible to all; warps(f): f(warp, team); turn(warp, f): within it, f by one
@@ -172,11 +173,12 @@ HD int held(Team team, Walk<K>& at, const typename K::Span& s, int most) {
   team.lanes([&](auto& m, int lane) { m.open((u32)(s.col0 + at.column), lane); });
   int done = 0;
   for (; done < (CALM ? most : 1); done++) {
-    team.lanes([&](auto& m, int) { m.update(at.run); });
+    team.lanes([&](auto& m, int) { m.begin(at.run); });
+    team.looking([&](auto& m, const auto& look) { m.update(at.run, look); });
     agree_held<K>(team);
     if constexpr (CALM)
       if (team.any([](auto& m) { return !m.calm(); })) break;
-    team.lanes([&](auto& m, int) { m.finish(at.run); });
+    team.looking([&](auto& m, const auto& look) { m.finish(at.run, look); });
   }
   return done;
 }

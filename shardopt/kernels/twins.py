@@ -3,6 +3,7 @@
 A twin is looked up by the exact class: a subclass may compute something else, so it runs the reference.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -205,8 +206,30 @@ def table_source(name: str) -> str:
     """A dynamic map as a C++ struct, from the codec's own table."""
     entries, midpoints = (t.tolist() for t in table(*TABLES[name], torch.device("cpu")))
     lists = [", ".join(f"{x.hex()}f" for x in values) for values in (entries, midpoints)]
+    cells = cells_source(midpoints) if name == "Dynamic4" else ""
     return (
         f"struct {name} {{\n  static constexpr int size = {len(entries)};\n"
         f"  HD static float entry(int i) {{ CONSTANTS x[] = {{{lists[0]}}}; return x[i]; }}\n"
-        f"  HD static float midpoint(int i) {{ CONSTANTS x[] = {{{lists[1]}}}; return x[i]; }}\n}};\n"
+        f"  HD static float midpoint(int i) {{ CONSTANTS x[] = {{{lists[1]}}}; return x[i]; }}\n{cells}}};\n"
+    )
+
+
+REACH = 1 - 2.0**-12  # of the largest root: it lies in the last cell, whatever it is rounded to
+
+
+def cells_source(midpoints: list[float]) -> str:
+    """What `csrc/calm.h` adds to t = 3 + REACH sign(x) root(|x|), in units of 2^-28 beyond 2, so that bits 24 to 27 are
+    the code: one word for every sixteenth of t, in which one midpoint lies at most."""
+    parting = [round((1 + math.copysign(math.sqrt(abs(x)) * REACH, x)) * 2**28) for x in midpoints]
+    words = []
+    for cell in range(32):
+        first, last = cell << 24, (cell + 1) << 24
+        inside = [(code + 1, x) for code, x in enumerate(parting) if first <= x < last]
+        assert len(inside) <= 1 and all(first + 2**12 < x < last - 2**12 for _, x in inside)
+        code, at = inside[0] if inside else (sum(x < first for x in parting), first)
+        words.append(((code << 24) - at) % 2**32)
+    listed = ", ".join(f"{x:#x}u" for x in words)
+    return (
+        f"  static constexpr float reach = {REACH.hex()}f;\n"
+        f"  HD static u32 cell(int i) {{ static const u32 x[] = {{{listed}}}; return x[i]; }}\n"
     )
