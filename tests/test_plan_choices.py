@@ -148,7 +148,7 @@ def test_errors_say_what_to_do(make, words):
 
 def test_blocks_keep_stacks_and_batches_whole():
     members = [matrix(16, 16, count=5), *[matrix(16, 32)] * 3, matrix(16, 16)]
-    found = blocks(members, ("full",) * 5, 2)
+    found = blocks(members, ("full",) * 5, 1e6)
     assert sorted(i for block in found for i in block.members) == [0, 1, 2, 3, 4]
     for block in found:
         assert {i for unit in block.units for i, _ in unit.matrices} == set(block.members)

@@ -5,7 +5,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from shardopt.dtensor.member import Member
-from shardopt.dtensor.owners import EVEN, Unit, shortest
+from shardopt.dtensor.owners import EVEN, Unit, assign, longest, shortest
 from shardopt.dtensor.tally import Tally
 
 FILL = 2048  # rows of a square product whose 256 tiles of 128 x 128 fill a GPU of 132 multiprocessors
@@ -18,15 +18,35 @@ class Block(NamedTuple):
     units: tuple[Unit, ...] = ()
 
 
-def blocks(members: Sequence[Member], modes: Sequence[str], positions: int) -> list[Block]:
+def divided(members: Sequence[Member], modes: Sequence[str], shards: int, copies: int) -> tuple[list[Block], list[int]]:
+    """The blocks, and the position of each of their units.
+
+    In batches, unless even those below 5 % of the shortest possible longest share, by their order or by what must lie
+    beside them, make the longest share over 5 % longer than single matrices do.
+    """
+    single = blocks(members, modes, 0)
+    least = shortest(units_in(single), shards, copies)
+    batched = blocks(members, modes, (EVEN - 1) * least)
+    found = batched, assign(units_in(batched), shards, copies, least)
+    share = longest(units_in(batched), found[1])
+    if share > EVEN * least:
+        alone = assign(units_in(single), shards, copies, least)
+        if share > EVEN * longest(units_in(single), alone):
+            return single, alone
+    return found
+
+
+def units_in(sequence: Sequence[Block]) -> list[Unit]:
+    return [unit for block in sequence for unit in block.units]
+
+
+def blocks(members: Sequence[Member], modes: Sequence[str], slack: float) -> list[Block]:
     """All members, longest matrices first, then those that have no owner; ties in the members' order.
 
-    Small matrices of one shape go in batches that fill a GPU, as long as a batch is below 5 % of the shortest
-    possible longest share: longest-first ends at most one unit above the mean.
+    Small matrices of one shape go in batches that fill a GPU, of at most `slack` FLOPs: longest-first ends at most one
+    unit above the mean.
     """
     whole = [i for i, mode in enumerate(modes) if mode == "full"]
-    single = [unit for i in whole for unit in units_of(members, [(i, matrix) for matrix in range(members[i].count)], 1)]
-    slack = (EVEN - 1) * shortest(single, positions)
     found = []
     for _, run in groupby(sorted(whole, key=lambda i: rank_of(members, i)), key=lambda i: kind_of(members, i)):
         of_kind = list(run)
