@@ -5,7 +5,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from shardopt.dtensor.member import Member
-from shardopt.dtensor.owners import EVEN, Unit, assign, longest, shortest
+from shardopt.dtensor.owners import EVEN, Unit, assign, shortest
 from shardopt.dtensor.tally import Tally
 
 FILL = 2048  # rows of a square product whose 256 tiles of 128 x 128 fill a GPU of 132 multiprocessors
@@ -21,19 +21,11 @@ class Block(NamedTuple):
 def divided(members: Sequence[Member], modes: Sequence[str], shards: int, copies: int) -> tuple[list[Block], list[int]]:
     """The blocks, and the position of each of their units.
 
-    In batches, unless even those below 5 % of the shortest possible longest share, by their order or by what must lie
-    beside them, make the longest share over 5 % longer than single matrices do.
+    A batch is below 5 % of the shortest possible longest share: no share has been seen to grow by more than that.
     """
-    single = blocks(members, modes, 0)
-    least = shortest(units_in(single), shards, copies)
-    batched = blocks(members, modes, (EVEN - 1) * least)
-    found = batched, assign(units_in(batched), shards, copies, least)
-    share = longest(units_in(batched), found[1])
-    if share > EVEN * least:
-        alone = assign(units_in(single), shards, copies, least)
-        if share > EVEN * longest(units_in(single), alone):
-            return single, alone
-    return found
+    least = shortest(units_in(blocks(members, modes, 0)), shards, copies)
+    sequence = blocks(members, modes, (EVEN - 1) * least)
+    return sequence, assign(units_in(sequence), shards, copies, least)
 
 
 def units_in(sequence: Sequence[Block]) -> list[Unit]:

@@ -88,7 +88,7 @@ def multifit(units: Sequence[Unit], shards: int, replicas: int, low: int, high: 
     orders = sorted(by_size, key=lambda entry: entry[0][1] is None), by_size
     best: list[int] = []
     low -= 1  # never reached, nor tried
-    while high - low > 1 + low // 1000:
+    while high - low > max(1, low // 1000):
         limit = (low + high) // 2
         if found := packed(orders[0], shards, replicas, limit) or packed(orders[1], shards, replicas, limit):
             best, high = [found[i] for i in range(len(units))], limit
