@@ -103,6 +103,7 @@ def test_packing_bisects_to_a_thousandth():
             owners = multifit(units, 2, 1, low, high)
             assert len(owners) == 5 and longest(units, owners) == 6000
     assert multifit(units, 2, 1, 6000, 6008) and not multifit(units, 2, 1, 5994, 6000)
+    assert not multifit(units, 2, 1, 6000, 6004)
     units = units_of(3, 3, 2, 2, 2)
     assert multifit(units, 2, 1, 6, 7) and not multifit(units, 2, 1, 6, 6)
 
