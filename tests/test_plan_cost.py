@@ -47,7 +47,12 @@ def test_exchanges():
     assert costs.all_gather(800, 4, stride=4) == pytest.approx(30)  # two of four on a node
     assert costs.all_reduce(800, 8) == pytest.approx(14)
     assert costs.all_to_all(800, 1) == costs.all_gather(800, 1) == 0
+    assert costs.all_gather(800, 4, stride=16) == pytest.approx(60)  # no node has a whole replica
+    assert costs.all_gather(800, 4) == pytest.approx(6)  # half a node
+    fast = Costs(bandwidth_in=100, bandwidth_out=50, latency=0)
+    assert fast.all_gather(1600, 16) == pytest.approx(15)  # 8 adapters, 400 B/s, of which a rank gets no more than 100
     late = Costs(latency=1.0)
+    assert late.all_to_all(0, 1) == late.all_gather(0, 1) == 0
     assert late.all_to_all(0, 4) == 4
     assert late.all_to_all(0, 4096) == late.peers
     assert late.all_gather(0, 9) == 4

@@ -118,4 +118,5 @@ def test_shortest_counts_matrices_that_must_meet():
     assert shortest(units, 1, 2) == shortest(units_of((5, 0), (5, 0), (5, 0), (2, 0)), 4, 2) == 10
     assert shortest(units_of((1, 0), (1, 1), (1, 1), (1, 1)), 4) == 3
     assert shortest([Unit(12, 0, tuple((0, m) for m in range(4)))], 2) == 6
+    assert shortest(units_of((3, 0), 3, 3), 2) == 6
     assert shortest([], 3) == 0

@@ -1,6 +1,7 @@
 """Cuts the work into units that one owner multiplies in one batch, and into buckets that follow one another."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -39,8 +40,9 @@ def blocks(members: Sequence[Member], modes: Sequence[str], slack: float) -> lis
     unit above the mean.
     """
     whole = [i for i, mode in enumerate(modes) if mode == "full"]
+    kind = partial(kind_of, members)
     found = []
-    for _, run in groupby(sorted(whole, key=lambda i: rank_of(members, i)), key=lambda i: kind_of(members, i)):
+    for _, run in groupby(sorted(whole, key=kind), key=kind):
         of_kind = list(run)
         first = members[of_kind[0]]
         filling = max(1, FILL // max(1, min(first.rows, first.cols))) ** 2
@@ -54,15 +56,12 @@ def blocks(members: Sequence[Member], modes: Sequence[str], slack: float) -> lis
     return found + [Block((i,)) for i, mode in enumerate(modes) if mode != "full"]
 
 
-def rank_of(members: Sequence[Member], i: int) -> tuple[float, ...]:
-    member = members[i]
-    return -member.flops, -member.bytes_there - member.bytes_back, member.rows, member.cols, i
-
-
 def kind_of(members: Sequence[Member], i: int) -> tuple[float, ...]:
-    """Matrices of one kind can be one batch; a stack is a kind of its own."""
-    alone = members[i].count != 1 or members[i].holders is not None
-    return (*rank_of(members, i)[:-1], i if alone else -1)
+    """Longest first; matrices of one kind can be one batch, a stack and what is held are kinds of their own."""
+    member = members[i]
+    alone = member.count != 1 or member.holders is not None
+    travelling = member.bytes_there + member.bytes_back
+    return -member.flops, -travelling, member.rows, member.cols, i if alone else -1
 
 
 def stack_units(members: Sequence[Member], i: int, size: int) -> Iterator[Unit]:

@@ -66,8 +66,6 @@ class Costs:
 
     def all_gather(self, volume: float, ranks: int, stride: int = 1) -> float:
         """Seconds until all ranks have `volume` bytes, of which each had its share. stride: between their numbers."""
-        if ranks == 1:
-            return 0.0
         near = min(ranks, max(1, self.ranks_per_node // stride))  # ranks of the group in one node
         ring = self.bandwidth_in if near == ranks else min(self.bandwidth_in, near * self.bandwidth_out)
         return self.latency * (ranks - 1).bit_length() + volume * (ranks - 1) / ranks / ring
