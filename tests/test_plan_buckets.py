@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from shardopt.dtensor.buckets import Block, blocks, by_start, cut, units_in
+from shardopt.dtensor.buckets import Block, blocks, by_start, cut, divided, units_in
 from shardopt.dtensor.owners import Unit
 from tests.test_plan import matrix
 
@@ -35,11 +35,22 @@ def test_batches_are_below_the_slack():
         assert max(sizes([matrix(64, 64)] * 6, slack)) == most == max(sizes([matrix(64, 64, count=6)], slack))
 
 
+def test_batches_are_below_five_percent_of_the_shortest_share():
+    """Kills: ten percent; five of what there is in all."""
+    members = [matrix(64, 64)] * 50
+    for shards, most in ((1, 2), (2, 1)):
+        sequence, owners = divided(members, ("full",) * 50, shards, 1)
+        assert max(len(unit.matrices) for unit in units_in(sequence)) == most
+        assert len(owners) == len(units_in(sequence)) == 50 / most
+
+
 def test_a_batch_has_one_shape_and_one_wire():
     """And in it the members' order. Kills: a tall and a wide matrix together, which cost alike; 8 and 16
     bits; batches that end at a stack between them."""
     members = [matrix(8, 16), matrix(16, 8), matrix(8, 16), matrix(8, 16, there=1.0), matrix(16, 8), matrix(16, 16)]
     assert members_in(members) == [(5,), (0, 2), (1, 4), (3,)]
+    alike = [matrix(8, 16, flops=1.0), matrix(8, 32, flops=1.0, there=1.0, back=1.0)]
+    assert members_in(alike) == [(0,), (1,)]
     stacks = [matrix(8, 8, holders=(0,)), matrix(8, 8), matrix(8, 8, count=2), matrix(8, 8), matrix(8, 8, holders=(0,))]
     assert sorted(members_in(stacks)) == [(0,), (1, 3), (2,), (4,)]
 
@@ -47,8 +58,9 @@ def test_a_batch_has_one_shape_and_one_wire():
 def test_longest_matrices_first_and_those_without_owner_last():
     members = [matrix(8, 8), matrix(64, 64), matrix(512, 512), matrix(32, 32)]
     assert members_in(members, ("full", "full", "gram", "full"), 0) == [(1,), (3,), (0,), (2,)]
-    small = [*[matrix(8, 8)] * 9, matrix(16, 16)]  # 9 together are longer
+    small = [*[matrix(8, 8)] * 9, matrix(16, 16)]  # 8 together are as long, 9 are longer
     assert members_in(small) == [tuple(range(9)), (9,)]
+    assert members_in(small[1:]) == [(8,), tuple(range(8))]
 
 
 def test_units_count_what_travels():

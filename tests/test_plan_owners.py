@@ -118,5 +118,6 @@ def test_shortest_counts_matrices_that_must_meet():
     assert shortest(units, 1, 2) == shortest(units_of((5, 0), (5, 0), (5, 0), (2, 0)), 4, 2) == 10
     assert shortest(units_of((1, 0), (1, 1), (1, 1), (1, 1)), 4) == 3
     assert shortest([Unit(12, 0, tuple((0, m) for m in range(4)))], 2) == 6
-    assert shortest(units_of((3, 0), 3, 3), 2) == 6
+    assert shortest(units_of((3, 0), 3, 3), 2) == shortest(units_of(4, 3, 2, 2), 2) == 6
+    assert shortest(units_of(5, 5, 5, 5, 5), 2) == 15
     assert shortest([], 3) == 0

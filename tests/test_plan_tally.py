@@ -43,6 +43,13 @@ def test_bytes():
     assert tally.buffers == 243 + (160 + 82) + 2 * 150 + (64 + 32) + 128 and pieces == 485
 
 
+def test_bytes_of_one_shard_in_every_replica():
+    """Kills: what the same shard owns in several replicas counted for one of them."""
+    tally = tallied((CUT, "full", (0, 2, 4)))
+    assert tally.buffers == 80 + 41 + (80 + 41 + 3 * 41) / 2
+    assert tally.stages(SLOW)[0] == 80 / 2
+
+
 def test_bytes_where_replicas_repeat_each_other():
     """Nothing is told. Kills: replicas counted though they are not asked."""
     tally = tallied((CUT, "full", (0, 0, 1)), shared=False)
