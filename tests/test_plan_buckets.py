@@ -61,6 +61,8 @@ def test_longest_matrices_first_and_those_without_owner_last():
     small = [*[matrix(8, 8)] * 9, matrix(16, 16)]  # 8 together are as long, 9 are longer
     assert members_in(small) == [tuple(range(9)), (9,)]
     assert members_in(small[1:]) == [(8,), tuple(range(8))]
+    stack = matrix(8, 8, count=2, there=1.0)
+    assert members_in([stack, stack, matrix(8, 8, count=2)]) == [(2,), (0,), (1,)]  # then what is most to send
 
 
 def test_units_count_what_travels():
