@@ -186,6 +186,14 @@ def test_buckets_hold_every_member_once_in_bounded_memory(model, replicas, shard
     assert made.buffers <= 3 * max(tally.buffers for tally in made.tallies)
 
 
+def test_three_buckets_are_under_way_at_once():
+    """Kills: two; four; the first three, or all of them."""
+    made = plan([matrix(n, n, holders=(0,)) for n in (32, 16, 16, 8, 8, 8)], 1, bucket_bytes=1)
+    assert [tally.buffers for tally in made.tallies] == [4096, 1024, 1024, 256, 256, 256]
+    assert made.buffers == 4096 + 1024 + 1024
+    assert plan([matrix(8, 8, holders=(0,))] * 6, 1, bucket_bytes=1).buffers == 3 * 256
+
+
 def fullest(made, bucket):
     """Bytes of the rank with most: matrices it owns, pieces that it sends and gets, results that replicas tell."""
     held = Counter()

@@ -71,6 +71,7 @@ def test_gram_and_local_have_no_owner():
     assert [len(owners) for owners in made.owners] == [0, 1, 0]
     assert made.total.even == gram_flops(64, 8, 3) // 1 + orthogonalize_flops(20, 7)
     assert made.total.balance == pytest.approx((made.total.even + 20 * 8**3) / (made.total.even + 20 * 8**3 / 3))
+    assert made.least == made.total.balance
     summed = 2 * 8 * 8 * 4 * 2 / 3  # both halves of an all-reduce, float32
     assert made.total.sent == pytest.approx(summed + 2 * 2 * 64 * 2 / 9)
 
@@ -112,14 +113,16 @@ def test_describe_names_every_parameter():
     assert "replica.shard 1." in text
     assert "member 3" in plan([matrix(*shape) for shape in UGLY], 3).describe()
     many = plan([matrix(8, 8, count=40)], 16).describe()
-    assert "and 8 more" in many
+    assert "shard 0, 1, 2, 3, 4, 5, 6, 7 and 8 more" in many
+    assert "7 and 1 more" in plan([matrix(8, 8, count=9)], 9).describe()
+    assert "more" not in plan([matrix(8, 8, count=8)], 8).describe()
 
 
 def test_nothing_to_plan():
     made = plan([], 4, 2)
     assert (made.owners, made.buckets, made.buffers, made.seconds()) == ((), (), 0, 0.0)
     assert plan([matrix(0, 16), matrix(16, 0)], 4).total.sent == 0
-    assert made.describe()
+    assert made.describe() and made.least == made.total.balance == 1.0
 
 
 @pytest.mark.parametrize(

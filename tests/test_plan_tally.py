@@ -1,5 +1,7 @@
 """What members cost the ranks, by hand: FLOPs, bytes sent, bytes held, seconds of every stage."""
 
+from dataclasses import replace
+
 import pytest
 
 from shardopt.dtensor.cost import Costs, gram_flops, orthogonalize_flops
@@ -115,3 +117,15 @@ def test_local_pieces():
     assert tallied((held, "local", ())).even == 2 * orthogonalize_flops(9, 6)
     assert tallied((held, "local", ())).buffers == 3 * (108 + 54) / 2
     assert tallied((Member(rows=9, cols=6, count=0, holders=(), there=2, back=1), "local", ())).even == 0
+
+
+def test_members():
+    """Kills: bytes rounded down; squares cut along columns, or along nothing; 1x before a single matrix."""
+    odd = Member(rows=3, cols=3, cut=-1, there=0.5, back=0.7)
+    assert (odd.bytes_there, odd.bytes_back, odd.shape, replace(odd, count=2).shape) == (5, 7, "3x3", "2x3x3")
+    assert [replace(odd, cut=cut).long_side_cut for cut in (-2, -1, None)] == [True, True, False]
+    assert [replace(odd, rows=4, cut=cut).long_side_cut for cut in (-2, -1, None)] == [True, False, False]
+    assert [replace(odd, cols=4, cut=cut).long_side_cut for cut in (-2, -1, None)] == [False, True, False]
+    for name in ("rows", "cols", "count", "flops", "there", "back"):
+        with pytest.raises(ValueError, match=f"{name}=-1"):
+            replace(odd, **{name: -1})
