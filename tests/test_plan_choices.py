@@ -10,7 +10,7 @@ import pytest
 
 from shardopt.dtensor.buckets import blocks
 from shardopt.dtensor.cost import Costs, gram_flops, orthogonalize_flops
-from shardopt.dtensor.plan import LEAST_BYTES, MOST_BYTES, Plan, plan, sized
+from shardopt.dtensor.plan import LEAST_BYTES, MOST_BYTES, Plan, one_round, plan, sized
 from tests.test_plan import UGLY, llama, matrix
 
 
@@ -21,6 +21,7 @@ def test_replicas_share_only_when_that_is_faster():
     assert not narrow.shared
     assert "repeated" in narrow.sharing and "ms shared" in narrow.sharing
     assert not plan(llama("llama3-8b"), 8, 8, costs=Costs(bandwidth_out=1e9)).shared
+    assert not plan([], 8, 8).shared  # nor where nothing is faster
     assert not plan(llama("llama3-8b"), 8, share=True).shared  # nobody to share with
 
 
@@ -35,7 +36,9 @@ def test_auto_takes_gram_where_it_is_shorter():
     assert "us as Gram" in made.describe() and "short side is cut" in made.describe()
     assert set(plan(llama("llama3-8b"), 8, modes="auto").modes) == {"full"}
     assert plan([tall], 2).modes == ("full",)
-    assert plan([matrix(8, 8, count=2, holders=(0, 1))], 2, modes="auto").modes == ("full",)
+    for whole, shards in ((matrix(8, 8, count=2, holders=(0, 1)), 2), (matrix(8, 8), 1)):
+        made = plan([whole], shards, modes="auto")
+        assert made.modes == ("full",) and made.why == ("its matrices are whole already",)
 
 
 @pytest.mark.parametrize("ranks", [16, 32, 64, 128])
@@ -54,6 +57,13 @@ def test_buckets_of_little_and_of_one_matrix_a_rank():
     assert len(plan([matrix(768, 768)] * 48, 8).buckets) == 1
     assert len(plan([matrix(4096, 4096)] * 16, 8, modes="local").buckets) == 1  # nothing to overlap with
     assert [sized(size) for size in (0, 4 * LEAST_BYTES + 400, 10**12)] == [LEAST_BYTES, LEAST_BYTES + 100, MOST_BYTES]
+
+
+def test_one_round_of_the_largest():
+    """To the owners and back, at both ends, and what every replica tells. Kills: what stays counted."""
+    members = [matrix(64, 64), matrix(32, 32, holders=(0,)), matrix(8, 8, back=1.0), matrix(2, 2)]
+    modes = ("local", "full", "full", "full")
+    assert [one_round(members, modes, copies) for copies in (1, 3)] == [2 * 64 * 3, 2 * 64 * 3 + 3 * 64]
 
 
 def test_summary_is_written_for_people():
