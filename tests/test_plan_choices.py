@@ -82,6 +82,7 @@ def test_gram_and_local_have_no_owner():
     assert made.total.even == gram_flops(64, 8, 3) // 1 + orthogonalize_flops(20, 7)
     assert made.total.balance == pytest.approx((made.total.even + 20 * 8**3) / (made.total.even + 20 * 8**3 / 3))
     assert made.least == made.total.balance
+    assert plan([matrix(4, 8)], 1, modes="gram").modes == ("gram",)  # nothing is cut
     summed = 2 * 8 * 8 * 4 * 2 / 3  # both halves of an all-reduce, float32
     assert made.total.sent == pytest.approx(summed + 2 * 2 * 64 * 2 / 9)
 
@@ -149,6 +150,7 @@ def test_nothing_to_plan():
         (lambda: plan([matrix(4, 8)], 2, modes="gram"), "use 'full' or 'auto'"),
         (lambda: plan([matrix(8, 4, holders=(1,))], 2, modes="gram"), "use 'full' or 'auto'"),
         (lambda: plan([matrix(4, 4, holders=(2,))], 2), "positions are 0 to 1"),
+        (lambda: plan([matrix(4, 4, holders=(-1,))], 2), "positions are 0 to 1"),
         (lambda: Costs(bandwidth_in=0), "at least 1, in B/s"),
         (lambda: Costs(latency=-1), "at least 0, in s"),
         (lambda: Costs(measured=("speed",)), "no such field"),
