@@ -10,7 +10,7 @@ import pytest
 
 from shardopt.dtensor.buckets import blocks
 from shardopt.dtensor.cost import Costs, gram_flops, orthogonalize_flops
-from shardopt.dtensor.plan import LEAST_BYTES, MOST_BYTES, Plan, plan, sized
+from shardopt.dtensor.plan import LEAST_BYTES, MOST_BYTES, Plan, one_round, plan, sized
 from tests.test_plan import UGLY, llama, matrix
 
 
@@ -21,6 +21,7 @@ def test_replicas_share_only_when_that_is_faster():
     assert not narrow.shared
     assert "repeated" in narrow.sharing and "ms shared" in narrow.sharing
     assert not plan(llama("llama3-8b"), 8, 8, costs=Costs(bandwidth_out=1e9)).shared
+    assert not plan([], 8, 8).shared  # nor where nothing is faster
     assert not plan(llama("llama3-8b"), 8, share=True).shared  # nobody to share with
 
 
@@ -35,7 +36,9 @@ def test_auto_takes_gram_where_it_is_shorter():
     assert "us as Gram" in made.describe() and "short side is cut" in made.describe()
     assert set(plan(llama("llama3-8b"), 8, modes="auto").modes) == {"full"}
     assert plan([tall], 2).modes == ("full",)
-    assert plan([matrix(8, 8, count=2, holders=(0, 1))], 2, modes="auto").modes == ("full",)
+    for whole, shards in ((matrix(8, 8, count=2, holders=(0, 1)), 2), (matrix(8, 8), 1)):
+        made = plan([whole], shards, modes="auto")
+        assert made.modes == ("full",) and made.why == ("its matrices are whole already",)
 
 
 @pytest.mark.parametrize("ranks", [16, 32, 64, 128])
@@ -56,6 +59,13 @@ def test_buckets_of_little_and_of_one_matrix_a_rank():
     assert [sized(size) for size in (0, 4 * LEAST_BYTES + 400, 10**12)] == [LEAST_BYTES, LEAST_BYTES + 100, MOST_BYTES]
 
 
+def test_one_round_of_the_largest():
+    """To the owners and back, at both ends, and what every replica tells. Kills: what stays counted."""
+    members = [matrix(64, 64), matrix(32, 32, holders=(0,)), matrix(8, 8, back=1.0), matrix(2, 2)]
+    modes = ("local", "full", "full", "full")
+    assert [one_round(members, modes, copies) for copies in (1, 3)] == [2 * 64 * 3, 2 * 64 * 3 + 3 * 64]
+
+
 def test_summary_is_written_for_people():
     """Kills: 1 matrices, 1 buckets, bytes to the last digit."""
     one = plan([matrix(64, 64)], 1).summary()
@@ -71,6 +81,8 @@ def test_gram_and_local_have_no_owner():
     assert [len(owners) for owners in made.owners] == [0, 1, 0]
     assert made.total.even == gram_flops(64, 8, 3) // 1 + orthogonalize_flops(20, 7)
     assert made.total.balance == pytest.approx((made.total.even + 20 * 8**3) / (made.total.even + 20 * 8**3 / 3))
+    assert made.least == made.total.balance
+    assert plan([matrix(4, 8)], 1, modes="gram").modes == ("gram",)  # nothing is cut
     summed = 2 * 8 * 8 * 4 * 2 / 3  # both halves of an all-reduce, float32
     assert made.total.sent == pytest.approx(summed + 2 * 2 * 64 * 2 / 9)
 
@@ -112,14 +124,16 @@ def test_describe_names_every_parameter():
     assert "replica.shard 1." in text
     assert "member 3" in plan([matrix(*shape) for shape in UGLY], 3).describe()
     many = plan([matrix(8, 8, count=40)], 16).describe()
-    assert "and 8 more" in many
+    assert "shard 0, 1, 2, 3, 4, 5, 6, 7 and 8 more" in many
+    assert "7 and 1 more" in plan([matrix(8, 8, count=9)], 9).describe()
+    assert "more" not in plan([matrix(8, 8, count=8)], 8).describe()
 
 
 def test_nothing_to_plan():
     made = plan([], 4, 2)
     assert (made.owners, made.buckets, made.buffers, made.seconds()) == ((), (), 0, 0.0)
     assert plan([matrix(0, 16), matrix(16, 0)], 4).total.sent == 0
-    assert made.describe()
+    assert made.describe() and made.least == made.total.balance == 1.0
 
 
 @pytest.mark.parametrize(
@@ -136,6 +150,7 @@ def test_nothing_to_plan():
         (lambda: plan([matrix(4, 8)], 2, modes="gram"), "use 'full' or 'auto'"),
         (lambda: plan([matrix(8, 4, holders=(1,))], 2, modes="gram"), "use 'full' or 'auto'"),
         (lambda: plan([matrix(4, 4, holders=(2,))], 2), "positions are 0 to 1"),
+        (lambda: plan([matrix(4, 4, holders=(-1,))], 2), "positions are 0 to 1"),
         (lambda: Costs(bandwidth_in=0), "at least 1, in B/s"),
         (lambda: Costs(latency=-1), "at least 0, in s"),
         (lambda: Costs(measured=("speed",)), "no such field"),
@@ -148,7 +163,7 @@ def test_errors_say_what_to_do(make, words):
 
 def test_blocks_keep_stacks_and_batches_whole():
     members = [matrix(16, 16, count=5), *[matrix(16, 32)] * 3, matrix(16, 16)]
-    found = blocks(members, ("full",) * 5, 2)
+    found = blocks(members, ("full",) * 5, 1e6)
     assert sorted(i for block in found for i in block.members) == [0, 1, 2, 3, 4]
     for block in found:
         assert {i for unit in block.units for i, _ in unit.matrices} == set(block.members)

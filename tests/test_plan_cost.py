@@ -3,7 +3,8 @@
 import pytest
 
 from shardopt.dtensor.cost import GIVEN, Costs, gram_flops, orthogonalize_flops, pipelined
-from shardopt.dtensor.plan import plan
+from shardopt.dtensor.member import Member
+from shardopt.dtensor.plan import choose, plan
 from shardopt.plan.forecast import Mesh, Options, forecast
 from shardopt.plan.models import members_of, shapes_of
 
@@ -47,7 +48,12 @@ def test_exchanges():
     assert costs.all_gather(800, 4, stride=4) == pytest.approx(30)  # two of four on a node
     assert costs.all_reduce(800, 8) == pytest.approx(14)
     assert costs.all_to_all(800, 1) == costs.all_gather(800, 1) == 0
+    assert costs.all_gather(800, 4, stride=16) == pytest.approx(60)  # no node has a whole replica
+    assert costs.all_gather(800, 4) == pytest.approx(6)  # half a node
+    fast = Costs(bandwidth_in=100, bandwidth_out=50, latency=0)
+    assert fast.all_gather(1600, 16) == pytest.approx(15)  # 8 adapters, 400 B/s, of which a rank gets no more than 100
     late = Costs(latency=1.0)
+    assert late.all_to_all(0, 1) == late.all_gather(0, 1) == 0
     assert late.all_to_all(0, 4) == 4
     assert late.all_to_all(0, 4096) == late.peers
     assert late.all_gather(0, 9) == 4
@@ -58,6 +64,19 @@ def test_products_are_bound_by_the_slowest():
     assert costs.compute(5e3, 1) == 5
     assert costs.compute(1, 3e3) == 3
     assert costs.compute(1, 1, batches=2) == pytest.approx(2 * 17e-3)
+
+
+def test_whole_and_gram_by_hand():
+    """Of 2 shards x 3 replicas that share, each replica a node. Kills: latencies, which a bucket has once; products,
+    messages or what replicas tell each other divided by the shards alone or left out; replicas taken for neighbours."""
+    slow = Costs(
+        gemm_flops=1, memory_bandwidth=1e30, launch=1e3, bandwidth_in=2, bandwidth_out=1, latency=1, ranks_per_node=2
+    )
+    whole = (6 * 4 * 4 * 16 + 14 * 4**3) / 6 + 192 / 6 * 1 / 2 / 2 + 64 / 2 * 2 / 3 / 1
+    gram = (6 * 4 * 4 * 16 / 2 + 14 * 4**3) + 2 * 64 * 1 / 2 / 2
+    words = f"{whole * 1e6:.3g} us a matrix whole, {gram * 1e6:.3g} us as Gram"
+    assert choose(Member(rows=16, cols=4, there=2, back=1), 2, 3, slow) == ("full", words)
+    assert choose(Member(rows=16, cols=0, there=2, back=1), 2, 1, slow)[0] == "full"  # of equals
 
 
 def test_pipeline():

@@ -1,11 +1,12 @@
 """Cuts the work into units that one owner multiplies in one batch, and into buckets that follow one another."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
 from shardopt.dtensor.member import Member
-from shardopt.dtensor.owners import EVEN, Unit, shortest
+from shardopt.dtensor.owners import EVEN, Unit, assign, shortest
 from shardopt.dtensor.tally import Tally
 
 FILL = 2048  # rows of a square product whose 256 tiles of 128 x 128 fill a GPU of 132 multiprocessors
@@ -18,17 +19,30 @@ class Block(NamedTuple):
     units: tuple[Unit, ...] = ()
 
 
-def blocks(members: Sequence[Member], modes: Sequence[str], positions: int) -> list[Block]:
+def divided(members: Sequence[Member], modes: Sequence[str], shards: int, copies: int) -> tuple[list[Block], list[int]]:
+    """The blocks, and the position of each of their units.
+
+    A batch is below 5 % of the shortest possible longest share: no share has been seen to grow by more than that.
+    """
+    least = shortest(units_in(blocks(members, modes, 0)), shards, copies)
+    sequence = blocks(members, modes, (EVEN - 1) * least)
+    return sequence, assign(units_in(sequence), shards, copies, least)
+
+
+def units_in(sequence: Sequence[Block]) -> list[Unit]:
+    return [unit for block in sequence for unit in block.units]
+
+
+def blocks(members: Sequence[Member], modes: Sequence[str], slack: float) -> list[Block]:
     """All members, longest matrices first, then those that have no owner; ties in the members' order.
 
-    Small matrices of one shape go in batches that fill a GPU, as long as a batch is below 5 % of the shortest
-    possible longest share: longest-first ends at most one unit above the mean.
+    Small matrices of one shape go in batches that fill a GPU, of at most `slack` FLOPs: longest-first ends at most one
+    unit above the mean.
     """
     whole = [i for i, mode in enumerate(modes) if mode == "full"]
-    single = [unit for i in whole for unit in units_of(members, [(i, matrix) for matrix in range(members[i].count)], 1)]
-    slack = (EVEN - 1) * shortest(single, positions)
+    kind = partial(kind_of, members)
     found = []
-    for _, run in groupby(sorted(whole, key=lambda i: rank_of(members, i)), key=lambda i: kind_of(members, i)):
+    for _, run in groupby(sorted(whole, key=kind), key=kind):
         of_kind = list(run)
         first = members[of_kind[0]]
         filling = max(1, FILL // max(1, min(first.rows, first.cols))) ** 2
@@ -42,15 +56,12 @@ def blocks(members: Sequence[Member], modes: Sequence[str], positions: int) -> l
     return found + [Block((i,)) for i, mode in enumerate(modes) if mode != "full"]
 
 
-def rank_of(members: Sequence[Member], i: int) -> tuple[float, ...]:
-    member = members[i]
-    return -member.flops, -member.bytes_there - member.bytes_back, member.rows, member.cols, i
-
-
 def kind_of(members: Sequence[Member], i: int) -> tuple[float, ...]:
-    """Matrices of one kind can be one batch; a stack is a kind of its own."""
-    alone = members[i].count != 1 or members[i].holders is not None
-    return (*rank_of(members, i)[:-1], i if alone else -1)
+    """Longest first; matrices of one kind can be one batch, a stack and what is held are kinds of their own."""
+    member = members[i]
+    alone = member.count != 1 or member.holders is not None
+    travelling = member.bytes_there + member.bytes_back
+    return -member.flops, -travelling, member.rows, member.cols, i if alone else -1
 
 
 def stack_units(members: Sequence[Member], i: int, size: int) -> Iterator[Unit]:

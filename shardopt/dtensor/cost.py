@@ -14,9 +14,8 @@ GRAM_BYTES = 4  # float32
 
 
 def orthogonalize_flops(rows: int, cols: int) -> float:
-    """FLOPs of one matrix, by the shorter of Newton-Schulz and its Gram form with one restart."""
-    r, long = min(rows, cols), max(rows, cols)
-    return float(min(15 * r * r * long + 5 * r**3, 6 * r * r * long + 14 * r**3))
+    """FLOPs of one matrix in the Gram form with one restart: plain Newton-Schulz, 15 r^2 L + 5 r^3, is never less."""
+    return gram_flops(rows, cols, 1)
 
 
 def gram_flops(rows: int, cols: int, shards: int) -> float:
@@ -67,8 +66,6 @@ class Costs:
 
     def all_gather(self, volume: float, ranks: int, stride: int = 1) -> float:
         """Seconds until all ranks have `volume` bytes, of which each had its share. stride: between their numbers."""
-        if ranks == 1:
-            return 0.0
         near = min(ranks, max(1, self.ranks_per_node // stride))  # ranks of the group in one node
         ring = self.bandwidth_in if near == ranks else min(self.bandwidth_in, near * self.bandwidth_out)
         return self.latency * (ranks - 1).bit_length() + volume * (ranks - 1) / ranks / ring

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 
-from shardopt.dtensor.buckets import Block, blocks, by_start, cut
+from shardopt.dtensor.buckets import Block, blocks, by_start, cut, divided, units_in
 from shardopt.dtensor.cost import GIVEN, GRAM_BYTES, Costs, gram_flops, pipelined
 from shardopt.dtensor.member import Member
-from shardopt.dtensor.owners import Unit, assign, shortest
+from shardopt.dtensor.owners import shortest
 from shardopt.dtensor.tally import Tally
 from shardopt.spelling import counted, in_bytes
 
@@ -70,13 +70,10 @@ class Plan:
     @property
     def least(self) -> float:
         """The longest share over the mean that no assignment of whole matrices can get below."""
-        singles = [
-            Unit(int(member.flops), 0, ((i, 0),))
-            for i, (member, mode) in enumerate(zip(self.members, self.modes))
-            for _ in range(member.count if mode == "full" else 0)
-        ]
+        single = units_in(blocks(self.members, self.modes, 0))
         total = self.total
-        return (shortest(singles, total.positions) + total.even) / total.mean if total.mean else 1.0
+        copies = total.positions // total.shards
+        return (shortest(single, self.shards, copies) + total.even) / total.mean if total.mean else 1.0
 
     def seconds(self, costs: Costs = GIVEN) -> float:
         """Predicted time of a step's exchange and orthogonalization, buckets pipelined."""
@@ -170,11 +167,9 @@ def build(
         choose(member, shards, copies, costs) if mode == "auto" else (mode, "") for member, mode in zip(members, asked)
     ]
     modes = tuple(mode for mode, _ in chosen)
-    sequence = blocks(members, modes, shards * copies)
+    sequence, positions = divided(members, modes, shards, copies)
     owners: list[list[int]] = [[-1] * member.count if mode == "full" else [] for member, mode in zip(members, modes)]
-    units = [unit for block in sequence for unit in block.units]
-    positions = assign(units, shards, copies)
-    for unit, position in zip(units, positions):
+    for unit, position in zip(units_in(sequence), positions):
         for i, matrix in unit.matrices:
             owners[i][matrix] = position
     whole = Plan(

@@ -104,8 +104,7 @@ class Tally:
 
     def stages(self, costs: Costs) -> tuple[float, float, float]:
         """Seconds of gather, compute and return, each of the rank for which it lasts longest."""
-        there = max(self.there.most, self.pieces_there.most / self.shards)
-        back = max(self.back.most, self.pieces_back.most / self.shards)
+        there, back = self.there.most, self.back.most
         gather = costs.all_to_all(there, self.shards) if there else 0.0
         gather += costs.all_reduce(self.summed, self.shards) if self.summed else 0.0
         returned = costs.all_to_all(back, self.shards) if back else 0.0
