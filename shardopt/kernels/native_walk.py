@@ -9,7 +9,7 @@ import ctypes
 import platform
 import sys
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from types import MemberDescriptorType
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from shardopt.kernels.walk import Walk
 PYTHON = ("PyObject_GetAttr", "Py_IncRef", "Py_DecRef", "PyObject_RichCompareBool", "PyDict_Next", "PyList_Size")
 PYTHON = (*PYTHON, "PyList_GetItem")
 TORCH = ("data_ptr", "numel", "dtype", "layout")
-SLOTS = "_local_tensor", "_spec"
+SEEN = 5  # places that only the native code fills in
 GRAD = sys.intern("grad")
 
 
@@ -47,9 +47,14 @@ class NoWalk(Exception):
 def native(walk: Walk) -> Walk:
     """The same walk, native where it can be."""
     try:
-        return NativeWalk(walk)
+        return NativeWalk(walk) if walk.possible else walk
     except (NoWalk, NoCompiler):
         return walk
+
+
+def dtype_code(shim: Any, dtype: torch.dtype) -> int:
+    """Torch's number of a dtype."""
+    return int(getattr(shim, f"aoti_torch_dtype_{str(dtype).removeprefix('torch.')}")())
 
 
 def address_of(function: Any) -> int:
@@ -65,26 +70,37 @@ def layout() -> tuple[int, int]:
     """(which word of a tensor's object is the address of its implementation, which of that the storage). NoWalk where
     not all of some tensors agree."""
     tensors = [torch.empty(n) for n in (0, 1, 7)] + [nn.Parameter(torch.empty(3, 2)), torch.empty(9)[2:]]
-    found = [[words_at(id(t), Tensor.__basicsize__ // 8), words_at(t._cdata, 8)] for t in tensors]
-    wanted = [[t._cdata, t.untyped_storage()._cdata] for t in tensors]
-    places = [
-        [i for i in range(len(found[0][side])) if all(f[side][i] == w[side] for f, w in zip(found, wanted))]
-        for side in range(2)
-    ]
-    types = all(words[1] == id(type(t)) for t, (words, _) in zip(tensors, found))
-    if not types or any(len(place) != 1 for place in places):
+    objects = [words_at(id(t), Tensor.__basicsize__ // 8) for t in tensors]
+    if any(words[1] != id(type(t)) for t, words in zip(tensors, objects)):
+        raise NoWalk("objects are not laid out as CPython's are")
+    impls, storages = [t._cdata for t in tensors], [t.untyped_storage()._cdata for t in tensors]
+    inside = [words_at(impl, 8) for impl in impls]  # of two hundred bytes
+    return only(places(objects, impls)), only(places(inside, storages))
+
+
+def places(words: Sequence[Sequence[int]], wanted: Sequence[int]) -> Iterator[int]:
+    """Which word is the wanted one in every row."""
+    return (i for i, found in enumerate(zip(*words)) if list(found) == list(wanted))
+
+
+def only(found: Iterable[int]) -> int:
+    """The one that there is. NoWalk where there are none or several."""
+    several = list(found)
+    if len(several) != 1:
         raise NoWalk("tensors are not laid out as they are elsewhere")
-    return places[0][0], places[1][0]
+    return several[0]
 
 
-def slots_of(dtensor: Any) -> tuple[int, int]:
+def slots(dtensors: Sequence[Any]) -> list[int]:
     """Which words of a DTensor's object are its local tensor and its spec. NoWalk where they are kept elsewhere."""
-    words = words_at(id(dtensor), type(dtensor).__basicsize__ // 8)
-    found = [[i for i, word in enumerate(words) if word == id(x)] for x in (dtensor._local_tensor, dtensor._spec)]
-    members = all(isinstance(getattr(type(dtensor), name, None), MemberDescriptorType) for name in SLOTS)
-    if not members or any(len(places) != 1 for places in found):
-        raise NoWalk("DTensors are not laid out as they are elsewhere")
-    return found[0][0], found[1][0]
+    found = []
+    for name in ("_local_tensor", "_spec"):
+        members = {getattr(type(x), name, None) for x in dtensors}
+        if len(members) != 1 or not isinstance(next(iter(members)), MemberDescriptorType):
+            raise NoWalk("DTensors keep their parts elsewhere")
+        words = words_at(id(dtensors[0]), type(dtensors[0]).__basicsize__ // 8)
+        found.append(only(i for i, word in enumerate(words) if word == id(getattr(dtensors[0], name))))
+    return found
 
 
 @cache
@@ -118,23 +134,24 @@ class NativeWalk(Walk):
         """NoWalk or NoCompiler where it is not possible here."""
         vars(self).update(vars(walk))
         words, shim = functions()
-        slots = slots_of(self.stepped[0]) if self.specs else (0, 0)
         self.function = library()
         gradients: list[Any] = [p.grad for p in self.stepped]
-        locals_ = [getattr(g, "_local_tensor", g) for g in gradients]
-        codes = {dtype: getattr(shim, f"aoti_torch_dtype_{str(dtype)[6:]}")() for dtype in set(self.dtypes)}
-        self.kinds = [type(g) for g in gradients], [type(g) for g in locals_]  # keeps them alive
+        inside = [getattr(g, "_local_tensor", g) for g in gradients]
+        self.types = [[type(x) for x in row] for row in (self.stepped, gradients, inside)]  # kept alive
         columns: list[Iterable[int]] = [map(id, self.stepped), map(id, self.locals), self.addresses]
         columns += [map(id, self.specs) if self.specs else [0] * len(gradients)]
-        columns += [map(id, self.kinds[0]), map(id, self.kinds[1]), [codes[d] for d in self.dtypes], self.sizes]
-        rows = table([*columns, *[[0] * len(gradients)] * 5])
+        columns += [map(id, row) for row in self.types]
+        columns += [[dtype_code(shim, dtype) for dtype in self.dtypes], self.sizes]
+        rows = table([*columns, *[[0] * len(gradients)] * SEEN])
         ends = [0 if part is None else id(part) for part in self.held]
         stored = table([map(id, self.states), ends, self.homes, map(len, self.states)])
         self.found = np.zeros(len(gradients), dtype=np.int64)
         every, idle, parts = (table([map(id, some)]) for some in (self.parameters, self.idle, self.parts))
         ranges = [every.ctypes.data, len(every), rows.ctypes.data, len(rows), self.found.ctypes.data]
         ranges += [idle.ctypes.data, len(idle), stored.ctypes.data, len(stored), parts.ctypes.data]
-        self.told = np.array([*words, *slots, *ranges], dtype=np.int64)
+        self.told = np.array(
+            [*words, *(slots([*self.stepped, *gradients]) if self.specs else (0, 0)), *ranges], dtype=np.int64
+        )
         self.at = self.told.ctypes.data
         self.tables = every, rows, idle, stored, parts
 

@@ -1,7 +1,7 @@
 """A step taken again with nothing but new gradients: what makes the host's share of a step small.
 
-Everything that a step looks up is a function of things that rarely change. This compares those things by identity and
-address, about half a microsecond a parameter, and gives way to the full step wherever one of them is another.
+Everything that a step looks up is a function of things that rarely change. A walk compares those things by identity and
+address, and where one of them is another this gives way to the full step.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -49,7 +49,7 @@ class Replay:
     def __init__(self, groups: Sequence[Any], states: Any, facts: Any, last: Taken) -> None:
         """groups: the optimizer's param groups; facts: see `facts_of`."""
         self.facts, self.last = facts, last
-        self.alone = np.array(last.alone, dtype=np.int64)
+        self.alone: Any = np.array(last.alone, dtype=np.int64) if last.buckets else slice(None)
         self.walk = native(Walk(groups, states))
 
     @property
