@@ -62,7 +62,7 @@ def test_it_finds_the_gradients(meshed):
 
 
 def empty_dict(opt, params, walk):
-    opt.state[params[1]].clear()
+    opt.state[params[-1]].clear()
 
 
 def no_state(opt, params, walk):
@@ -92,6 +92,14 @@ def local_stride(opt, params, walk):
 
 def local_sparse(opt, params, walk):
     params[1].grad._local_tensor = torch.ones(5).to_sparse()
+
+
+def local_opaque(opt, params, walk):
+    params[1].grad._local_tensor = torch.ones(5).to_mkldnn()
+
+
+def local_none(opt, params, walk):
+    params[1].grad._local_tensor = None
 
 
 def local_gone(opt, params, walk):
@@ -133,8 +141,9 @@ def unlike(opt, params, walk):
 
 
 CHANGES = (
-    empty_dict, no_state, thawed, under_way, local_dtype, local_size, local_stride, local_sparse, local_gone, spec_gone,
-    local_freed, parameter_freed, parameter_swapped, other_local, other_placements, unlike,
+    empty_dict, no_state, thawed, under_way, local_dtype, local_size, local_stride, local_sparse, local_opaque,
+    local_none, local_gone, spec_gone, local_freed, parameter_freed, parameter_swapped, other_local, other_placements,
+    unlike,
 )  # fmt: skip
 
 
@@ -193,7 +202,8 @@ def counted(opt, params, walk):
     grads = [p.grad for p in params]
     touched = [*params, *grads, *map(local_of, grads), *map(local_of, params), *walk.parts, *walk.held, *walk.specs]
     touched += [*walk.states, opt.state, opt.param_groups[0]["params"], DTensor, torch.Tensor, nn.Parameter]
-    return [sys.getrefcount(x) for x in [*touched, native_walk.GRAD]]
+    touched += [g._spec for g in grads if hasattr(g, "_spec")]
+    return [sys.getrefcount(x) for x in [*touched, native_walk.GRAD] if x is not None]
 
 
 @pytest.mark.parametrize("change", [None, *CHANGES], ids=lambda f: getattr(f, "__name__", "unchanged"))

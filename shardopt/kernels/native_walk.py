@@ -22,8 +22,10 @@ from shardopt.kernels import cpu
 from shardopt.kernels.cache import NoCompiler
 from shardopt.kernels.walk import Walk
 
-PYTHON = ("PyObject_GetAttr", "Py_IncRef", "Py_DecRef", "PyObject_RichCompareBool", "PyDict_Next", "PyList_Size")
-PYTHON = (*PYTHON, "PyList_GetItem")
+PYTHON = (
+    "PyObject_GetAttr", "Py_IncRef", "Py_DecRef", "PyObject_RichCompareBool", "PyDict_Next", "PyList_Size",
+    "PyList_GetItem",
+)  # fmt: skip
 TORCH = ("data_ptr", "numel", "dtype", "layout")
 SEEN = 5  # places that only the native code fills in
 GRAD = sys.intern("grad")
