@@ -25,12 +25,13 @@ def gradients(params, mesh=None):
 
 
 def stepped(mesh=None, frozen=True):
-    """An optimizer that has taken a step, with fresh gradients."""
+    """An optimizer that has repeated a step, with fresh gradients."""
     params = [torch.ones(shape) for shape in SHAPES]
     params = [nn.Parameter(p if mesh is None else distribute_tensor(p, mesh, [Shard(0)])) for p in params]
     opt = shardopt.AdamW(params, lr=1e-2)
-    gradients(params[frozen:], mesh)
-    opt.step()
+    for _ in range(2):
+        gradients(params[frozen:], mesh)
+        opt.step()
     gradients(params[frozen:], mesh)
     return opt, params, opt.native.replay.walk
 
@@ -63,6 +64,10 @@ def test_it_finds_the_gradients(meshed):
 
 def empty_dict(opt, params, walk):
     opt.state[params[-1]].clear()
+
+
+def other_dict(opt, params, walk):
+    opt.state[params[1]] = {name: part.clone() for name, part in opt.state[params[1]].items()}
 
 
 def no_state(opt, params, walk):
@@ -141,9 +146,9 @@ def unlike(opt, params, walk):
 
 
 CHANGES = (
-    empty_dict, no_state, thawed, under_way, local_dtype, local_size, local_stride, local_sparse, local_opaque,
-    local_none, local_gone, spec_gone, local_freed, parameter_freed, parameter_swapped, other_local, other_placements,
-    unlike,
+    empty_dict, other_dict, no_state, thawed, under_way, local_dtype, local_size, local_stride, local_sparse,
+    local_opaque, local_none, local_gone, spec_gone, local_freed, parameter_freed, parameter_swapped, other_local,
+    other_placements, unlike,
 )  # fmt: skip
 
 
@@ -253,7 +258,7 @@ def test_elsewhere_python_walks(where, monkeypatch, taken):
         opt.step()
 
     on_a_mesh(test)
-    assert taken == [True]
+    assert taken == [True] * 2
 
 
 def test_unlike_layouts_are_refused():

@@ -36,7 +36,7 @@ struct Parameter {  // that is stepped
   Object *p, *local;      // local: p itself, or of a DTensor what is here
   const void* home;       // where that lies
   Object* spec;           // of a DTensor's gradient
-  Object *own, *kind, *inside;  // types of the parameter, the gradient and its local tensor
+  Object *kind, *inside;  // types of the gradient and its local tensor
   i64 dtype, elements;    // of the gradient
   const void* seen[5];    // the last gradient, its local tensor, their implementations, the storage: they may be gone
 };
@@ -100,7 +100,7 @@ struct Walk {
   // Where the gradient's elements lie, if it is what it was and so is the parameter.
   bool look(Parameter& row, const void*& found) const {
     const Kept g(python, row.p, python.grad);
-    if (!g.object || type(g.object) != row.kind || type(row.p) != row.own) return false;
+    if (!g.object || type(g.object) != row.kind) return false;
     row.seen[0] = g.object, row.seen[2] = *handle(g.object);
     if (!row.spec) return elements(g.object, row, found) && lies(row.local, row.home);
     if (!alike(slot(g.object, torch.spec), row.spec)) return false;  // first: it may run anything

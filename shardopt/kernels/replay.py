@@ -50,7 +50,7 @@ class Replay:
         """groups: the optimizer's param groups; facts: see `facts_of`."""
         self.facts, self.last = facts, last
         self.alone: Any = np.array(last.alone, dtype=np.int64) if last.buckets else slice(None)
-        self.walk = native(Walk(groups, states))
+        self.walk, self.repeated = Walk(groups, states), False
 
     @property
     def possible(self) -> bool:
@@ -64,6 +64,8 @@ class Replay:
         addresses = self.walk.run(groups, states) if facts == self.facts else None
         if addresses is None:
             return None
+        if not self.repeated:  # the first time: a step that is never repeated compiles nothing
+            self.walk, self.repeated = native(self.walk), True
         survey, shares, meshes = self.last.prelude or (None, (), ())
         found = survey.run(addresses, policy) if survey is not None else ((), None)
         totals, taken = above.agreed(shares, meshes, *found, above.answers, policy)
