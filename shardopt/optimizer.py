@@ -20,7 +20,7 @@ from shardopt.dtensor.layout import Layout, checked_layout, local_of
 from shardopt.dtensor.loading import load_groups, load_states
 from shardopt.groups import check_read, complete, cycled, numbers_of, settled, unfit
 from shardopt.kernels import Above, Native
-from shardopt.kernels.replay import same
+from shardopt.kernels.walk import same
 from shardopt.prelude import agreed, skipped
 from shardopt.recipe import Recipe
 from shardopt.report import explain

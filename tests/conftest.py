@@ -4,11 +4,12 @@ from functools import cache
 
 import pytest
 
-from shardopt.kernels import cpu, survey
+from shardopt.kernels import cpu, native_walk, replay, survey
 from shardopt.kernels.replay import Replay
 
 QUICK = [*cpu.OPTIONS, "-O1"]  # of several the last counts
-MADE = [(cpu, "library"), (cpu, "load"), (survey, "native")]  # what remembers the kernels of a process
+# what remembers the kernels of a process
+MADE = [(cpu, "library"), (cpu, "load"), (survey, "native"), (native_walk, "library")]
 REMEMBERED = [(module, name, cache(getattr(module, name).__wrapped__)) for module, name in MADE]
 
 
@@ -36,3 +37,10 @@ def taken(monkeypatch):
 
     monkeypatch.setattr(Replay, "run", counting)
     return counted
+
+
+@pytest.fixture(params=["native", "python"])
+def walking(request, monkeypatch):
+    """Repeated steps are compared natively, and as where there is no compiler."""
+    if request.param == "python":
+        monkeypatch.setattr(replay, "native", lambda walk: walk)

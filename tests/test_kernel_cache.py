@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import shardopt
-from shardopt.kernels import cache, cpu, native
+from shardopt.kernels import cache, cpu, native, native_walk
 from shardopt.kernels.__main__ import main as command
 from shardopt.kernels.key import key_at
 from shardopt.recipe import Recipe
@@ -35,7 +35,7 @@ def folder(tmp_path, monkeypatch):
     """An empty cache of this test's own, and nothing remembered of the machine."""
 
     def forget():
-        for remembered in (cache.cache_folder, cpu.compiler, cpu.library, cpu.load):
+        for remembered in (cache.cache_folder, cpu.compiler, cpu.library, cpu.load, native_walk.library):
             remembered.cache_clear()
 
     monkeypatch.setenv("SHARDOPT_CACHE", str(tmp_path / "cache"))

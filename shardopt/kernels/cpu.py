@@ -114,12 +114,12 @@ def prepare(keys: Sequence[Key]) -> None:
 
 
 @cache
-def library(key: Key, backend: str = "cpu") -> ctypes.CDLL:
-    """The shared library of a key, compiled if it has to be."""
+def library(key: Key, backend: str = "cpu", loader: type[ctypes.CDLL] = ctypes.CDLL) -> ctypes.CDLL:
+    """The shared library of a key, compiled if it has to be. loader: PyDLL keeps the GIL in its calls."""
     entry = entry_of(key, backend)
     obtained(entry, lambda: build([key], backend))
     try:
-        return ctypes.CDLL(str(entry.path))
+        return loader(str(entry.path))
     except OSError as error:
         raise NoCompiler(f"the compiled kernel {entry.path} cannot be loaded: {error}") from None
 
