@@ -111,6 +111,15 @@ def together(*generators: Asking) -> Asking:
     return tuple(results)
 
 
+def result_of(asking: Asking) -> Any:
+    """What a generator returns that has nothing to ask."""
+    try:
+        asked = next(asking)
+    except StopIteration as stop:
+        return stop.value
+    raise AssertionError(f"{asked} is asked where nothing may be")
+
+
 def is_group(asked: Any) -> bool:
     """Whether a yield holds several asks (a plain tuple) or one (every ask is a NamedTuple)."""
     return type(asked) is tuple

@@ -7,12 +7,11 @@ two codes of a byte are packed anew where a cut would part them.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from shardopt.asks import Asking
+from shardopt.asks import Asking, result_of
 from shardopt.codecs import Codec, Geometry, Part, codec
 from shardopt.codecs.geometry import Runs
 from shardopt.codecs.packed import pack, unpack
@@ -74,7 +73,7 @@ class Format:
     def encode(self, x: Tensor) -> Piece:
         """The parts of whole matrices, fp32 (count, rows, cols)."""
         geo = stack(len(x), self.rows, self.cols)
-        return answered(self.encoding(x, geo))
+        return result_of(self.encoding(x, geo))
 
     def decode(self, piece: Piece, rows: Runs, cols: Runs) -> Tensor:
         """fp32 (count, *, *) of these rows and columns."""
@@ -120,15 +119,6 @@ def refused() -> Tensor:
 
 def stack(count: int, rows: int, cols: int) -> Geometry:
     return Geometry((count, rows, cols), (((0, count),), ((0, rows),), ((0, cols),)), ((), (), ()))
-
-
-def answered(asking: Asking) -> Any:
-    """What a generator returns that has nothing to ask."""
-    try:
-        asked = next(asking)
-    except StopIteration as stop:
-        return stop.value
-    raise AssertionError(f"whole matrices ask {asked}")
 
 
 def unit(part: Part) -> int:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,17 @@ from shardopt.kernels.spans import CPU
 
 OPTIONS = ["-std=c++17", "-fPIC", "-shared", "-fno-exceptions", "-Wno-psabi"]
 OPTIONS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]  # none of them changes a value
+
+
+class Source(NamedTuple):
+    """A header of csrc where the compiler wants a `Key`: one library for all recipes."""
+
+    cpp: str
+    words: str
+    passes: bool = False
+
+    def source(self, backend: str) -> str:
+        return f'#include "{self.cpp}.h"\n'
 
 
 @cache
@@ -56,7 +67,7 @@ def machine() -> str:
     return f"{platform.machine()} {hashlib.sha256(features().encode()).hexdigest()[:16]}"
 
 
-def options(key: Key) -> list[str]:
+def options(key: Key | Source) -> list[str]:
     """Kernels that walk a tile more than once are several times as long: they do without what takes g++ longest."""
     brief = key.passes and "clang" not in compiler()[1]
     level = ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic"] if brief else ["-O3"]
@@ -65,11 +76,11 @@ def options(key: Key) -> list[str]:
     return [*level, *OPTIONS, native, *wide]
 
 
-def entry_of(key: Key, backend: str = "cpu") -> Entry:
+def entry_of(key: Key | Source, backend: str = "cpu") -> Entry:
     return Entry(name_of("cpu", key.source(backend), compiler()[1], " ".join(options(key)), machine()), ".so")
 
 
-def build(keys: Sequence[Key], backend: str = "cpu") -> None:
+def build(keys: Sequence[Key | Source], backend: str = "cpu") -> None:
     """Compile these keys side by side and put them into the cache. NoCompiler with its words where it refuses.
 
     backend: "cpu", or "emulated", the GPU's kernels on a CPU, for tests.
@@ -114,7 +125,7 @@ def prepare(keys: Sequence[Key]) -> None:
 
 
 @cache
-def library(key: Key, backend: str = "cpu", loader: type[ctypes.CDLL] = ctypes.CDLL) -> ctypes.CDLL:
+def library(key: Key | Source, backend: str = "cpu", loader: type[ctypes.CDLL] = ctypes.CDLL) -> ctypes.CDLL:
     """The shared library of a key, compiled if it has to be. loader: PyDLL keeps the GIL in its calls."""
     entry = entry_of(key, backend)
     obtained(entry, lambda: build([key], backend))

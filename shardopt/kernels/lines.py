@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardopt.asks import Ask, Asking, as_tuple, is_group
+from shardopt.asks import Ask, Asking, as_tuple, is_group, result_of
 from shardopt.codecs.rows import Rows
 from shardopt.rules import Hyper
 from shardopt.state import Slots, part_name
@@ -45,7 +45,7 @@ class Lines:
 
     def write(self, taken: Tensor | None) -> None:
         """Store what has a number a row. taken: 0-d bool, False: nothing is written."""
-        for target, content in done(self.slots.encode()):
+        for target, content in result_of(self.slots.encode()):
             target.copy_(content if taken is None else torch.where(taken.to(target.device), content, target))
 
 
@@ -57,12 +57,3 @@ def by_row(codecs: Mapping[str, Any]) -> dict[str, Any]:
 def parts_by_row(codecs: Mapping[str, Any], view: tuple[int, ...]) -> set[str]:
     """The names of what they store."""
     return {part_name(slot, part.suffix) for slot, codec in by_row(codecs).items() for part in codec.parts(view)}
-
-
-def done(asking: Asking) -> Any:
-    """The result of a generator that asks nothing."""
-    try:
-        asked = next(asking)
-    except StopIteration as stop:
-        return stop.value
-    raise AssertionError(f"{asked} is asked where nothing may be")

@@ -12,7 +12,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from types import MemberDescriptorType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,15 +31,7 @@ SEEN = 5  # places that only the native code fills in
 GRAD = sys.intern("grad")
 
 
-class Source(NamedTuple):
-    """The walk where the compiler wants a `Key`: it is one library for all recipes."""
-
-    cpp: str = "walk"
-    words: str = "look at a repeated step"
-    passes: bool = False
-
-    def source(self, backend: str) -> str:
-        return '#include "walk.h"\n'
+SOURCE = cpu.Source("walk", "look at a repeated step")
 
 
 class NoWalk(Exception):
@@ -124,7 +116,7 @@ def functions() -> tuple[list[int], Any]:
 @cache
 def library() -> Any:
     """The C function. NoCompiler where it cannot be had."""
-    function = cpu.library(Source(), loader=ctypes.PyDLL).shardopt_walk  # type: ignore[arg-type]
+    function = cpu.library(SOURCE, loader=ctypes.PyDLL).shardopt_walk
     function.argtypes = [ctypes.c_void_p, ctypes.py_object, ctypes.py_object]
     return function
 

@@ -3,7 +3,7 @@
 import ctypes
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,21 +18,13 @@ SQUARES = (addons.ClipByGlobalNorm,)  # add-ons that ask for the sum of squares;
 DATA, ELEMENTS, DTYPE, PIECE0 = range(4)  # columns of a row, which mirrors `Gradient` in csrc/survey.h
 
 
-class Source(NamedTuple):
-    """The survey where the compiler wants a `Key`: it is one library for all recipes."""
-
-    cpp: str = "survey"
-    words: str = "survey of all gradients"
-    passes: bool = False
-
-    def source(self, backend: str) -> str:
-        return '#include "survey.h"\n'
+SOURCE = cpu.Source("survey", "survey of all gradients")
 
 
 @cache
 def native() -> Any:
     """The C function. NoCompiler where it cannot be had."""
-    function = cpu.library(Source()).shardopt_survey  # type: ignore[arg-type]
+    function = cpu.library(SOURCE).shardopt_survey
     pointer, number, flag = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int
     function.argtypes = [pointer, pointer, number, pointer, ctypes.c_float, flag, flag, flag]
     function.restype = None
