@@ -29,8 +29,6 @@ PYTHON = (
 TORCH = ("data_ptr", "numel", "dtype", "layout")
 SEEN = 5  # places that only the native code fills in
 GRAD = sys.intern("grad")
-
-
 SOURCE = cpu.Source("walk", "look at a repeated step")
 
 

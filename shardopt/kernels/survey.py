@@ -16,8 +16,6 @@ PIECE = 1 << 14  # elements that are summed by themselves; the same in csrc/surv
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SQUARES = (addons.ClipByGlobalNorm,)  # add-ons that ask for the sum of squares; a subclass may ask for something else
 DATA, ELEMENTS, DTYPE, PIECE0 = range(4)  # columns of a row, which mirrors `Gradient` in csrc/survey.h
-
-
 SOURCE = cpu.Source("survey", "survey of all gradients")
 
 
