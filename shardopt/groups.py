@@ -39,7 +39,7 @@ def complete(
     asked = set(group)
     for name, value in numbers(recipe, base, given).items():
         group.setdefault(name, value)
-    rule = replace(recipe.rule, **{name: group[name] for name in recipe.rule.switches() if name in group})
+    rule = replace(recipe.rule, **recipe.rule.given(group))
     recipe = rebuilt(recipe, with_numbers(rule, group), {name: group[name] for name in RECIPE_KEYS if name in group})
     if "weight_decay" in asked and "weight_decay" not in recipe.defaults() and not_zero(group["weight_decay"]):
         raise ValueError(f"weight_decay is {group['weight_decay']}, but recipe {recipe.key()} has no decay add-on")
@@ -48,6 +48,11 @@ def complete(
             del group[name]  # groups hold numbers, strings and tuples; the recipe's key says the rest
     group = {**recipe.defaults(), **group}  # a switch may bring a number of its own
     group.update({name: getattr(recipe.rule, name) for name in recipe.rule.switches()})
+    if isinstance(own, str) and own != recipe.key():  # such as those of another optimizer's groups
+        raise ValueError(
+            f"a param group's recipe is the text {own!r}, but the group would follow {recipe.key()!r}; give the recipe "
+            "itself, as shardopt.Recipe(shardopt.rules.AdamW(), 'fp32', ('decay',))"
+        )
     group["recipe"] = recipe.key()
     return group, recipe
 

@@ -10,6 +10,7 @@ from shardopt.addons.variance import beta_of
 from shardopt.asks import Slot
 from shardopt.codecs import Codec, codec
 from shardopt.codecs.presets import resolve_state
+from shardopt.codecs.sendable import wire_codec
 from shardopt.rules import Rule
 from shardopt.write import KAHAN_CODEC, WRITES, Nearest
 
@@ -44,7 +45,7 @@ class Recipe:
             raise ValueError(f"update_from is {self.update_from!r}; it must be 'fresh' or 'stored'")
         check_addons(self.rule, self.addons)
         for name in self.rule.formats():
-            codec(name)
+            wire_codec(name)
         resolved = isinstance(self.state, tuple) and all(isinstance(pair, tuple) for pair in self.state)
         put(self, "spec", dict(self.state) if resolved else self.state)
         put(self, "state", resolve_state(self.spec, self.slots(), type(self.rule).__name__))

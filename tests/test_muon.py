@@ -180,7 +180,11 @@ def test_vectors_are_refused():
         ({"wire": "int9"}, "wire is 'int9'"),
         ({"wire": "int8+int9"}, "no codec is named 'int9'"),
         ({"mode": "somehow"}, "mode is 'somehow'"),
-        ({"period": 3}, "'periodic', and no other mode"),
+        ({"period": 3}, "no other mode any"),
+        ({"mode": "periodic"}, "period=5"),
+        ({"mode": "periodic", "period": 2.5}, "an integer above 1"),
+        ({"wire": "int8+root4"}, "'root4' cannot be sent"),
+        ({"orthogonalizer": "cans", "ns_steps": 4}, "both orthogonalizer='cans' and"),
         ({"momentum": 1.0}, "momentum is 1.0"),
     ],
 )

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shardopt.codecs.sendable import wire_codec
 from shardopt.dtensor.held import Held, count_of, holdings
 from shardopt.dtensor.layout import Layout, describe
 from shardopt.dtensor.member import Member
 from shardopt.dtensor.plan import Plan
 from shardopt.dtensor.team import Team
-from shardopt.dtensor.wire import Format, wire_codec
+from shardopt.dtensor.wire import Format
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,4 +97,6 @@ def mode_asked(work: Any, member: Member, mode: str) -> str:
         if mode == "gram":
             raise ValueError(f"mode 'gram' needs an orthogonalizer in Gram form, not {work.key()}; use mode 'full'")
         return "full"
-    return "full" if mode == "gram" and member.holders is not None else mode  # whole already: nothing to sum
+    return (
+        "full" if mode == "gram" and not member.long_side_cut else mode
+    )  # nothing to sum, or not all of the short side

@@ -6,30 +6,17 @@ two codes of a byte are packed anew where a cut would part them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from shardopt.asks import Asking, result_of
-from shardopt.codecs import Codec, Geometry, Part, codec
+from shardopt.codecs import Codec, Geometry, Part
 from shardopt.codecs.geometry import Runs
 from shardopt.codecs.packed import pack, unpack
 from shardopt.dtensor.held import length, place, select
 
 Piece = list[Tensor]  # the parts of some matrices of a stack, or of what one rank holds of them, in the codec's order
-
-
-@cache
-def wire_codec(spec: str) -> Codec:
-    """The codec of this name. ValueError unless it stores signed values, element by element, without noise."""
-    found = codec(spec).for_slot(True)
-    if not found.signed or found.noisy or found.projects:
-        raise ValueError(
-            f"{spec!r} cannot be sent: a wire has a deterministic format of signed elements, so that every mesh gets "
-            "the same bits. Use fp32, bf16, fp16, int8, sqrt8, dyn8, fp8, int4 or dyn4, with rounding='nearest'"
-        )
-    return found
 
 
 class Local(Geometry):

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
+from shardopt.codecs.sendable import wire_codec
 from shardopt.dtensor.member import Member
-from shardopt.dtensor.wire import Format, wire_codec
+from shardopt.dtensor.wire import Format
 from shardopt.rules.muon import wire_of
 
 Shapes = Mapping[str, tuple[int, ...]]

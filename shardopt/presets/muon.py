@@ -15,7 +15,8 @@ class Muon(Preset):
     """Muon with torch.optim.Muon's signature and defaults, of the whole matrix on any mesh. Rule: `rules.Muon`.
 
     adjust_lr_fn: the rule's adjust_lr; None is "original". orthogonalizer: an object or a name of shardopt.polar,
-    instead of ns_coefficients, ns_steps and eps. accumulate, split, wire, mode, period: see the rule.
+    instead of ns_coefficients, ns_steps and eps. accumulate, split, wire, mode, period: see the rule. A param group may
+    have all of these under the same names.
     """
 
     rule: type[rules.Muon] = rules.Muon
@@ -42,9 +43,14 @@ class Muon(Preset):
         more: Any = None,
         **options: Any,
     ) -> None:
+        newton_schulz = tuple(ns_coefficients), ns_steps, eps
         if orthogonalizer is None:
-            known = "quintic" if tuple(ns_coefficients) == QUINTIC else tuple(ns_coefficients)
-            orthogonalizer = NewtonSchulz(coefficients=known, steps=ns_steps, eps=eps)
+            orthogonalizer = NewtonSchulz(coefficients=rules.muon.known_as(ns_coefficients), steps=ns_steps, eps=eps)
+        elif newton_schulz != (QUINTIC, 5, 1e-7):
+            raise ValueError(
+                f"both orthogonalizer={orthogonalizer!r} and ns_coefficients, ns_steps or eps were given; give options "
+                "to the orthogonalizer itself, as 'newton_schulz(steps=4)'"
+            )
         adjust: dict[str, Any] = {} if adjust_lr_fn is None else {"adjust_lr": adjust_lr_fn}
         rule = self.rule(
             lr=lr,

@@ -82,6 +82,10 @@ class Rule:
         """The fields that are structure. A checkpoint's are compared with these, never adopted."""
         return [field.name for field in fields(self) if field.name not in self.numbers]
 
+    def given(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The switches that a user's param group sets, in this rule's words."""
+        return {name: group[name] for name in self.switches() if name in group}
+
     def options_of(self, saved: Mapping[str, Any]) -> dict[str, Any]:
         """The switches that a saved param group tells of, one of torch.optim's too, in this rule's words."""
         return {name: saved[name] for name in self.switches() if name in saved}

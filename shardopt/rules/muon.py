@@ -1,6 +1,6 @@
 """Muon and its kin: a momentum, orthogonalized as a whole matrix, wherever its shards are."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any, ClassVar
@@ -14,6 +14,7 @@ from shardopt.rules.base import Hyper, Rule, check
 
 MODES = ("full", "gram", "auto", "local", "periodic")
 ADJUSTMENTS = ("original", "match_rms_adamw", "spectral", "rms_rescale", "none")
+TORCHS = {"ns_coefficients": "coefficients", "ns_steps": "steps", "eps": "eps"}  # torch.optim.Muon's, NewtonSchulz's
 WIRES = {  # there and back; blocks as small as the scales' bytes allow, since blocks of a wire are no state
     "exact": Wire("fp32", "fp32"),
     "bf16": Wire("bf16", "bf16"),
@@ -67,9 +68,10 @@ class Muon(Rule):
         for name, allowed in (("accumulate", ("ema", "sum")), ("adjust_lr", ADJUSTMENTS), ("mode", MODES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
-        if (self.mode == "periodic") != (self.period > 1):
+        if type(self.period) is not int or (self.mode == "periodic") != (self.period > 1):
             raise ValueError(
-                f"mode is {self.mode!r} and period {self.period}; 'periodic', and no other mode, needs > 1"
+                f"mode is {self.mode!r} and period {self.period!r}; give mode='periodic' an integer above 1, as "
+                "period=5, and no other mode any"
             )
         if isinstance(self.split, list):
             object.__setattr__(self, "split", tuple(self.split))
@@ -93,12 +95,26 @@ class Muon(Rule):
         numbers = super().defaults()
         return numbers if self.mode == "periodic" else {name: x for name, x in numbers.items() if name != "phase"}
 
+    def given(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """torch.optim.Muon's names too; `eps` is the iteration's where the rule has no number of that name."""
+        found = super().given(group)
+        if "adjust_lr_fn" in group:
+            found["adjust_lr"] = group["adjust_lr_fn"] or "original"
+        changed = {new: group[old] for old, new in TORCHS.items() if old in group and old not in self.numbers}
+        if changed and "orthogonalizer" not in group:
+            mine = orthogonalizer(self.orthogonalizer)
+            if not isinstance(mine, NewtonSchulz):
+                raise ValueError(f"{', '.join(TORCHS)} belong to a Newton-Schulz, which {mine.describe()!r} is not")
+            if "coefficients" in changed:
+                changed["coefficients"] = known_as(changed["coefficients"])
+            found["orthogonalizer"] = replace(mine, **changed)
+        return found
+
     def options_of(self, saved: Mapping[str, Any]) -> dict[str, Any]:
         """torch.optim.Muon's momentum is an EMA, its iteration a Newton-Schulz; its eps only guards 0 / 0."""
         found = super().options_of(saved)
         if "ns_steps" in saved and "recipe" not in saved:
-            mine, triple = orthogonalizer(self.orthogonalizer), tuple(saved["ns_coefficients"])
-            known = "quintic" if (triple,) == SETS["quintic"].triples else triple
+            mine, known = orthogonalizer(self.orthogonalizer), known_as(saved["ns_coefficients"])
             like = mine if isinstance(mine, NewtonSchulz) else NewtonSchulz()
             found["orthogonalizer"] = replace(like, coefficients=known, steps=int(saved["ns_steps"])).describe()
             found["adjust_lr"] = saved.get("adjust_lr_fn") or "original"
@@ -192,6 +208,11 @@ class Muon(Rule):
     def stepped(self, group: dict[str, Any]) -> None:
         if self.mode == "periodic":
             group["phase"] = (group["phase"] + 1) % self.period
+
+
+def known_as(triple: Sequence[float]) -> Any:
+    """torch.optim.Muon's ns_coefficients as `coefficients` of shardopt.polar: by name where they have one."""
+    return "quintic" if (tuple(triple),) == SETS["quintic"].triples else tuple(triple)
 
 
 def squares(x: Tensor) -> Tensor:
