@@ -14,10 +14,11 @@ from torch import nn
 
 import shardopt
 from shardopt.kernels import cache, cpu, native, native_walk
+from shardopt.kernels.__main__ import USUAL
 from shardopt.kernels.__main__ import main as command
 from shardopt.kernels.key import key_at
 from shardopt.recipe import Recipe
-from shardopt.rules import Lion
+from shardopt.rules import RULES, Lion
 from tests.processes import started
 
 pytestmark = pytest.mark.shipped
@@ -229,3 +230,11 @@ def test_what_cannot_be_built_is_one_line(folder, capsys, words, why):
     assert command(["build", *words]) == 2
     told = capsys.readouterr().err
     assert why in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize("preset", sorted(shardopt.presets.PRESETS))
+def test_what_is_built_unless_told_otherwise_is_what_the_optimizer_runs(preset):
+    """Kills: sqrt8 for all, which Muon and Adafactor never run by default."""
+    recipe = shardopt.presets.PRESETS[preset]([nn.Parameter(torch.zeros(64, 64))], lr=1e-3).recipes[0]
+    name = recipe.rule.name
+    assert Recipe(RULES[name](), USUAL.get(name, "int8")).state == recipe.state

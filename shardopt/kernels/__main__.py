@@ -23,6 +23,8 @@ from shardopt.recipe import Recipe
 from shardopt.rules import RULES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MOMENTA = "signed=int8,non_negative=root4"
+USUAL = {"adafactor": "factored", "muon": MOMENTA, "normuon": MOMENTA, "adamuon": MOMENTA}  # the presets'; else int8
 VIEWS = ((1 << 20,), (4096, 4096))  # a vector, which keeps fp32 state, and a matrix
 
 
@@ -45,7 +47,7 @@ def keys(options: argparse.Namespace) -> list[Key]:
     except TypeError as error:
         known = ", ".join(field.name for field in fields(RULES[options.rule]))
         raise ValueError(f"--option: {options.rule} has {known} ({error})") from error
-    recipe = Recipe(rule, options.state, options.addons, options.rounding)
+    recipe = Recipe(rule, options.state or USUAL.get(options.rule, "int8"), options.addons, options.rounding)
     p, g = DTYPES[options.dtype], DTYPES[options.grad_dtype or options.dtype]
     found = [key_at(recipe, view, p, g) for view in VIEWS if len(view) > 1 or rule.unfit(view) is None]
     return list(dict.fromkeys(found))
@@ -57,7 +59,9 @@ def option(text: str) -> tuple[str, Any]:
     try:
         return name, ast.literal_eval(value)
     except (SyntaxError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE with a literal, as nesterov=True") from error
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not NAME=VALUE with a literal, as nesterov=True or scale='clip'"
+        ) from error
 
 
 def build(options: argparse.Namespace) -> None:
@@ -82,8 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rule", choices=sorted(RULES), default="adamw")
     parser.add_argument("--option", action="append", default=[], type=option,
                         metavar="NAME=VALUE", help="of the rule, e.g. nesterov=True")  # fmt: skip
-    parser.add_argument("--state", default="int8")
-    parser.add_argument("--addons", nargs="*", default=["decay"])
+    parser.add_argument("--state", help="default: that of the optimizer of this name")
+    parser.add_argument("--addons", nargs="*", default=["decay"], help="all of them, the decay too")
     parser.add_argument("--rounding", default="nearest")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of parameters")
     parser.add_argument("--grad-dtype", choices=sorted(DTYPES), help="of gradients, if another")
