@@ -45,7 +45,10 @@ class Recipe:
             raise ValueError(f"update_from is {self.update_from!r}; it must be 'fresh' or 'stored'")
         check_addons(self.rule, self.addons)
         for name in self.rule.formats():
-            wire_codec(name)
+            try:
+                wire_codec(name)
+            except ValueError as error:
+                raise ValueError(f"wire: {error}") from None
         resolved = isinstance(self.state, tuple) and all(isinstance(pair, tuple) for pair in self.state)
         put(self, "spec", dict(self.state) if resolved else self.state)
         put(self, "state", resolve_state(self.spec, self.slots(), type(self.rule).__name__))

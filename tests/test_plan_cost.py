@@ -124,3 +124,10 @@ def test_costs_say_where_they_are_from():
     assert lines["gemm_flops"].endswith("given by the caller")
     assert "400 Gb/s" in lines["bandwidth_out"]
     assert "measured" not in GIVEN.describe()
+
+
+def test_a_convolution_is_one_matrix():
+    """As the optimizer steps it. Kills: filters of 3 x 3 planned one by one."""
+    conv, stack = members_of({"conv": (16, 8, 3, 3), "experts": (8, 64, 96)}, 2, "int8")
+    assert (conv.rows, conv.cols, conv.count, conv.holders) == (16, 72, 1, None)
+    assert (stack.rows, stack.cols, stack.count) == (64, 96, 8)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
+from shardopt.codecs import view_shape
 from shardopt.codecs.sendable import wire_codec
 from shardopt.dtensor.member import Member
 from shardopt.dtensor.wire import Format
@@ -81,7 +82,8 @@ def members_of(shapes: Shapes, shards: int, wire: str) -> list[Member]:
     """
     codecs = [wire_codec(spec) for spec in wire_of(wire)]
     members = []
-    for *stack, rows, cols in shapes.values():
+    for shape in shapes.values():
+        *stack, rows, cols = view_shape(shape)  # a convolution is one matrix
         count = prod(stack)
         chunk = -(-count // shards)
         holders = tuple(i // chunk for i in range(count)) if stack and count >= shards > 1 else None
