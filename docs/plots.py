@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 ROWS = [json.loads(line) for line in (HERE.parent / "benchmarks/results/quality.jsonl").read_text().splitlines()]
-SEEDS = (20, 21, 22)
+SEEDS = (20, 21, 22, 30, 31, 32)
 TUNED = {"beta2": 0.97, "eps": 1e-8, "weight_decay": 0.1, "embed_lr": 6e-2, "steps": 300}
 NAMES = {
     "adamw-fp32": "fp32",
@@ -29,6 +29,8 @@ MUONS = {
     "muon-int8-int8": "int8 momentum, int8 wire (default)",
     "muon-int8-int8+int4": "int8 momentum, int8+int4 wire",
     "muon-minimax": "fp32, exact, minimax",
+    "control-muon-int4-gather": "control: int4 on the way there",
+    "control-muon-3-bit-gather": "control: 3 bits on the way there",
     "control-muon-int4-state": "control: int4 momentum",
 }
 PANELS = (  # title, learning rate of the matrices, what others are paired with, names
@@ -66,11 +68,14 @@ def differences() -> None:
 def long_run() -> None:
     """Training loss of the longer run, every tenth step."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    names = {"adamw-fp32": "AdamW fp32", "muon-fp32-exact": "Muon, fp32 momentum, exact wire"}
+    names |= {name: f"AdamW {NAMES[name]}" for name in NAMES if name != "adamw-fp32"}
+    names |= {name: f"Muon, {MUONS[name]}" for name in MUONS}
     for row in ROWS:
         if row["steps"] == 1000 and row["curve"]:
             every = row["steps"] // len(row["curve"])
             curve = [statistics.mean(row["curve"][max(0, i - 2) : i + 3]) for i in range(len(row["curve"]))]
-            label = f"{NAMES.get(row['name'], row['name'])}: validation {row['loss']:.4f}"
+            label = f"{names[row['name']]}: validation {row['loss']:.4f}"
             axes.plot([i * every for i in range(len(curve))], curve, label=label, linewidth=1)
     axes.set_ylim(1.0, 3.0)
     axes.set_xlabel("step")
