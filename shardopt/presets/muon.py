@@ -43,13 +43,12 @@ class Muon(Preset):
         more: Any = None,
         **options: Any,
     ) -> None:
-        newton_schulz = tuple(ns_coefficients), ns_steps, eps
         if orthogonalizer is None:
             orthogonalizer = NewtonSchulz(coefficients=rules.muon.known_as(ns_coefficients), steps=ns_steps, eps=eps)
-        elif newton_schulz != (QUINTIC, 5, 1e-7):
+        elif (tuple(ns_coefficients), ns_steps) != (QUINTIC, 5):
             raise ValueError(
-                f"both orthogonalizer={orthogonalizer!r} and ns_coefficients, ns_steps or eps were given; give options "
-                "to the orthogonalizer itself, as 'newton_schulz(steps=4)'"
+                f"both orthogonalizer={orthogonalizer!r} and ns_coefficients or ns_steps were given; give options to the "
+                "orthogonalizer itself, as 'newton_schulz(steps=4)'"
             )
         adjust: dict[str, Any] = {} if adjust_lr_fn is None else {"adjust_lr": adjust_lr_fn}
         rule = self.rule(
