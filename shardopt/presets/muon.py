@@ -47,8 +47,8 @@ class Muon(Preset):
             orthogonalizer = NewtonSchulz(coefficients=rules.muon.known_as(ns_coefficients), steps=ns_steps, eps=eps)
         elif (tuple(ns_coefficients), ns_steps) != (QUINTIC, 5):
             raise ValueError(
-                f"both orthogonalizer={orthogonalizer!r} and ns_coefficients or ns_steps were given; give options to the "
-                "orthogonalizer itself, as 'newton_schulz(steps=4)'"
+                f"both orthogonalizer={orthogonalizer!r} and ns_coefficients or ns_steps were given; give options to "
+                "the orthogonalizer itself, as 'newton_schulz(steps=4)'"
             )
         adjust: dict[str, Any] = {} if adjust_lr_fn is None else {"adjust_lr": adjust_lr_fn}
         rule = self.rule(
