@@ -72,11 +72,11 @@ def log(monkeypatch):
     dist.destroy_process_group()
 
 
-def stepped(log, sizes, placements, axes, **options):
+def stepped(log, sizes, placements, axes, there="fp32", back="fp32", **options):
     """The plan, after a step that was written down."""
     mesh = init_device_mesh("cpu", sizes)
     ps, cuts = placed(((32, 16),) * COUNT, [(mesh, placements, axes)] * COUNT)
-    optimizer = ShardedOptimizer(ps, Recipe(Asker(work=Logged())))
+    optimizer = ShardedOptimizer(ps, Recipe(Asker(work=Logged(), there=there, back=back)))
     optimizer.answers.planner = partial(plan, bucket_bytes=1, **options)
     train(optimizer, ps, cuts, steps=1)
     log.events.clear()

@@ -19,6 +19,7 @@ from shardopt.dtensor.layout import Layout
 from shardopt.dtensor.messages import dims_over, messages_of
 from shardopt.dtensor.plan import Plan
 from shardopt.dtensor.plan import plan as plan_matrices
+from shardopt.dtensor.reserve import Reserve
 from shardopt.dtensor.row_blocks import block_sums, told_to_rows
 from shardopt.dtensor.schedule import Planner, Schedule, Wanted, foreseen, schedule
 from shardopt.dtensor.standing import Standing
@@ -31,12 +32,13 @@ class Answers:
     """Starts and finishes rounds, and counts: rounds with communication, collectives, bytes a rank sent in.
 
     sent: those of the bytes that went to other ranks as pieces of matrices; worked: matrices this rank worked on
-    whole. planner: `shardopt.dtensor.plan.plan`, or with other options.
+    whole. planner: `shardopt.dtensor.plan.plan`, or with other options. reserve: memory of messages.
     """
 
     def __init__(self, planner: Planner = plan_matrices) -> None:
         self.rounds = self.collectives = self.bytes = self.sent = self.worked = 0
         self.planner = planner
+        self.reserve = Reserve()
         self.schedules: dict[Any, Schedule] = {}
         self.scheduled = Schedule((), {})
         self.forgets = False  # whether a schedule was given up, which is told once

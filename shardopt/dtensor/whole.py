@@ -47,20 +47,22 @@ class Passage:
         del encoded
         yield
         stacks = self.stacks(gather.wait())
-        del gather
         self.counter.worked += worked([self.tasks[i].work for i in stacks], stacks)
         back = self.back(near, stacks)
-        del stacks
+        gather.release(back.own)
+        del gather, stacks
         yield
         pieces = self.dealt(near, [iter(tensors) for tensors in back.wait()])
-        del back
+        arrived = [back]
         if self.route.shared:
-            told = self.tell(pieces)
+            arrived.append(self.tell(pieces))
             yield
             pieces = []
-            for parcels, tensors in zip(self.route.held, told.wait()):
+            for parcels, tensors in zip(self.route.held, arrived[-1].wait()):
                 pieces += self.dealt(parcels, [iter(tensors)] * self.route.team.size)
         self.results = self.decoded(pieces)
+        for message in arrived:
+            message.release(self.results)
 
     def encode(self, encoded: list[Piece]) -> Iterator[None]:
         """Fill `encoded` with the parts of every x; maxima of blocks that lie on several ranks are asked first."""
