@@ -19,7 +19,7 @@ from shardopt.dtensor.gradient import local_gradient
 from shardopt.dtensor.layout import Layout, checked_layout, local_of
 from shardopt.dtensor.loading import load_groups, load_states
 from shardopt.groups import check_read, complete, cycled, numbers_of, settled, unfit
-from shardopt.kernels import Above, Native
+from shardopt.kernels import Above, Native, wire
 from shardopt.kernels.walk import same
 from shardopt.prelude import agreed, skipped
 from shardopt.recipe import Recipe
@@ -69,7 +69,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._recipes: list[tuple[dict[str, Any], Recipe]] = []
         self.recipe, self.nonfinite, self.seed, self.fused = recipe, nonfinite, int(seed), fused
         self.calls = 0  # steps that went through, skipped ones included; at least 1 with loaded state
-        self.answers = Answers()
+        self.answers = Answers(coder=wire.chosen(fused))
         self.native = Native.chosen(fused)
         self._skipped: Tensor | None = None
         self._plans: dict[Tensor, Plan] = {}
@@ -175,7 +175,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("answers", Answers())
+        self.__dict__.setdefault("answers", Answers(coder=wire.chosen(self.fused)))
         self.__dict__.setdefault("native", Native.chosen(self.fused))
         self._recipes = list(zip(self.param_groups, self._recipes))  # type: ignore[arg-type]
         self._plans, self._made_for, self._looked = {}, {}, {}

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import shardopt
-from shardopt.kernels import cache, cpu, native, native_walk
+from shardopt.kernels import cache, cpu, native, native_walk, wire
 from shardopt.kernels.__main__ import USUAL
 from shardopt.kernels.__main__ import main as command
 from shardopt.kernels.key import key_at
@@ -36,7 +36,14 @@ def folder(tmp_path, monkeypatch):
     """An empty cache of this test's own, and nothing remembered of the machine."""
 
     def forget():
-        for remembered in (cache.cache_folder, cpu.compiler, cpu.library, cpu.load, native_walk.library):
+        for remembered in (
+            cache.cache_folder,
+            cpu.compiler,
+            cpu.library,
+            cpu.load,
+            native_walk.library,
+            wire.functions,
+        ):
             remembered.cache_clear()
 
     monkeypatch.setenv("SHARDOPT_CACHE", str(tmp_path / "cache"))
@@ -209,6 +216,18 @@ def test_built_ahead_of_time_and_listed(folder, capsys):
     assert "lion/fp32/decay/nearest f32 <- f32" in listed and str(folder) in listed
     assert command(["build", "--rule", "lion", "--state", "int8(block=8192)"]) == 2
     assert "has blocks of more than 4096 elements" in capsys.readouterr().err
+
+
+def test_messages_are_built_ahead_of_time_too(folder, monkeypatch):
+    """A step of Muon compiles nothing after `build`. Kills: codecs of the wire that are left to the first step."""
+    assert command(["build", "--rule", "muon", "--option", "wire='int8+int4'"]) == 0
+    made = set(folder.glob("*.so"))
+    assert len(made) == 3
+    p = nn.Parameter(torch.ones(64, 64))
+    p.grad = torch.ones(64, 64)
+    optimizer = shardopt.Muon([p], wire="int8+int4", fused=True)
+    optimizer.step()
+    assert optimizer.native.stepped == 1 and set(folder.glob("*.so")) == made
 
 
 @pytest.mark.parametrize(

@@ -32,12 +32,13 @@ class Answers:
     """Starts and finishes rounds, and counts: rounds with communication, collectives, bytes a rank sent in.
 
     sent: those of the bytes that went to other ranks as pieces of matrices; worked: matrices this rank worked on
-    whole. planner: `shardopt.dtensor.plan.plan`, or with other options. reserve: memory of messages.
+    whole. planner: `shardopt.dtensor.plan.plan`, or with other options. reserve: memory of messages. coder: None, or
+    `shardopt.kernels.wire.Coder`, which encodes and decodes them natively.
     """
 
-    def __init__(self, planner: Planner = plan_matrices) -> None:
+    def __init__(self, planner: Planner = plan_matrices, coder: Any = None) -> None:
         self.rounds = self.collectives = self.bytes = self.sent = self.worked = 0
-        self.planner = planner
+        self.planner, self.coder = planner, coder
         self.reserve = Reserve()
         self.schedules: dict[Any, Schedule] = {}
         self.scheduled = Schedule((), {})

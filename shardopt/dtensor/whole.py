@@ -27,6 +27,7 @@ class Passage:
     def __init__(self, route: Route, xs: Sequence[Tensor], counter: Any) -> None:
         mesh = route.tasks[0].layout.mesh
         self.route, self.tasks, self.counter = route, route.tasks, counter
+        self.coder = counter.coder
         self.places = [(x.shape, x.device) for x in xs]
         # the group speaks on the mesh's device, also for parameters that are offloaded from it
         self.results = [x if mesh is None or x.device.type == mesh.device_type else x.to(mesh.device_type) for x in xs]
@@ -66,7 +67,10 @@ class Passage:
 
     def encode(self, encoded: list[Piece]) -> Iterator[None]:
         """Fill `encoded` with the parts of every x; maxima of blocks that lie on several ranks are asked first."""
-        asking = {i: t.there.encoding(x, t.layout.geo) for i, (t, x) in enumerate(zip(self.tasks, self.results))}
+        asking = {
+            i: task.there.encoding(x, task.layout.geo, self.coder)
+            for i, (task, x) in enumerate(zip(self.tasks, self.results))
+        }
         found: dict[int, Piece] = {}
         replies: dict[int, Any] = dict.fromkeys(asking)
         while replies:
@@ -104,13 +108,14 @@ class Passage:
         found = {}
         for i, count in self.route.owned.items():
             there = self.tasks[i].there
-            found[i] = there.decode(there.join(count, pieces.pop(i)), ((0, there.rows),), ((0, there.cols),))
+            rows, cols = ((0, there.rows),), ((0, there.cols),)
+            found[i] = there.decode(there.join(count, pieces.pop(i)), rows, cols, self.coder)
         return found
 
     def back(self, near: list[Parcel], stacks: dict[int, Tensor]) -> Exchange:
         """Send to everyone what it holds of the results; empties `stacks`."""
         outgoing, expected = self.lists(), self.lists()
-        encoded = {i: self.tasks[i].back.encode(stacks.pop(i)) for i in list(stacks)}
+        encoded = {i: self.tasks[i].back.encode(stacks.pop(i), self.coder) for i in list(stacks)}
         for p in self.route.gathered:
             task, held = self.tasks[p.task], self.tasks[p.task].held[p.peer]
             outgoing[p.peer] += task.back.cut(encoded[p.task], p.matrices, held.rows, held.cols)
@@ -134,7 +139,7 @@ class Passage:
         found: dict[int, Tensor] = {}
         for p, piece in pieces:
             task, held = self.tasks[p.task], self.tasks[p.task].held[self.route.team.position]
-            x = task.back.decode(piece, held.rows, held.cols)
+            x = task.back.decode(piece, held.rows, held.cols, self.coder)
             if len(x) == len(held.matrices):
                 found[p.task] = x
                 continue

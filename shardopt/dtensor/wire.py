@@ -6,6 +6,8 @@ two codes of a byte are packed anew where a cut would part them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,13 +30,14 @@ class Local(Geometry):
 
 @dataclass(frozen=True)
 class Format:
-    """How stacks of matrices (rows, cols) travel."""
+    """How stacks of matrices (rows, cols) travel. coder, where one is given: `shardopt.kernels.wire.Coder`, which does
+    what it can of the codec's work."""
 
     codec: Codec
     rows: int
     cols: int
 
-    @property
+    @cached_property
     def parts(self) -> tuple[Part, ...]:
         return self.codec.parts((1, self.rows, self.cols))
 
@@ -46,9 +49,12 @@ class Format:
         total = sum(part.dtype.itemsize * a * b * c for part, (a, b, c) in zip(self.parts, sizes))
         return total / max(1, self.rows * self.cols)
 
-    def encoding(self, x: Tensor, geo: Geometry) -> Asking:
+    def encoding(self, x: Tensor, geo: Geometry, coder: Any = None) -> Asking:
         """Generator that returns the Piece of x, fp32 in the local view `geo`; straddling blocks ask their maxima."""
-        parts = yield from self.codec.encode(x, Local(geo.view, geo.runs, geo.cuts), refused)
+        local = Local(geo.view, geo.runs, geo.cuts)
+        parts = coder and coder.encode(self.codec, x, local)
+        if parts is None:
+            parts = yield from self.codec.encode(x, local, refused)
         piece = []
         for part in self.parts:
             stored = parts[part.suffix].flatten(end_dim=-3) if x.ndim > 2 else parts[part.suffix].unsqueeze(0)
@@ -57,16 +63,18 @@ class Format:
             piece.append(stored)
         return piece
 
-    def encode(self, x: Tensor) -> Piece:
+    def encode(self, x: Tensor, coder: Any = None) -> Piece:
         """The parts of whole matrices, fp32 (count, rows, cols)."""
         geo = stack(len(x), self.rows, self.cols)
-        return result_of(self.encoding(x, geo))
+        return result_of(self.encoding(x, geo, coder))
 
-    def decode(self, piece: Piece, rows: Runs, cols: Runs) -> Tensor:
+    def decode(self, piece: Piece, rows: Runs, cols: Runs, coder: Any = None) -> Tensor:
         """fp32 (count, *, *) of these rows and columns."""
         count = len(piece[0])
         geo = Geometry((count, self.rows, self.cols), (((0, count),), rows, cols), ((), (), ()))
-        return self.codec.decode({part.suffix: x for part, x in zip(self.parts, piece)}, geo)
+        parts = {part.suffix: x for part, x in zip(self.parts, piece)}
+        x = coder and coder.decode(self.codec, parts, geo)
+        return self.codec.decode(parts, geo) if x is None else x
 
     def shapes(self, count: int, rows: Runs, cols: Runs) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Of the Piece with these rows and columns of `count` matrices."""

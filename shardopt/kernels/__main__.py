@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
-from shardopt.kernels import cpu, cuda
-from shardopt.kernels.cache import NoCompiler, cache_folder
+from shardopt.codecs.sendable import wire_codec
+from shardopt.kernels import cpu, cuda, wire
+from shardopt.kernels.cache import Entry, NoCompiler, cache_folder
 from shardopt.kernels.key import Key, NoTwin, key_at
 from shardopt.recipe import Recipe
-from shardopt.rules import RULES
+from shardopt.rules import RULES, Rule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOMENTA = "signed=int8,non_negative=root4"
@@ -40,13 +41,17 @@ def listing() -> None:
         print(f"{facts['seconds']:7.3f} s  {usage:30} {arch:7} {facts['key']}")
 
 
-def keys(options: argparse.Namespace) -> list[Key]:
-    """The kernels that parameters of one recipe need, matrices and vectors. NoTwin where there are none."""
+def rule_of(options: argparse.Namespace) -> Rule:
     try:
-        rule = RULES[options.rule](**dict(options.option))
+        return RULES[options.rule](**dict(options.option))
     except TypeError as error:
         known = ", ".join(field.name for field in fields(RULES[options.rule]))
         raise ValueError(f"--option: {options.rule} has {known} ({error})") from error
+
+
+def keys(options: argparse.Namespace) -> list[Key]:
+    """The kernels that parameters of one recipe need, matrices and vectors. NoTwin where there are none."""
+    rule = rule_of(options)
     recipe = Recipe(rule, options.state or USUAL.get(options.rule, "int8"), options.addons, options.rounding)
     p, g = DTYPES[options.dtype], DTYPES[options.grad_dtype or options.dtype]
     found = [key_at(recipe, view, p, g) for view in VIEWS if len(view) > 1 or rule.unfit(view) is None]
@@ -71,12 +76,23 @@ def build(options: argparse.Namespace) -> None:
     for key in keys(options):
         for arch in archs:
             if arch == "cpu":
-                cpu.library(key)
-                facts: dict[str, Any] = cpu.entry_of(key).facts()
+                build_here(key)
             else:
                 cuda.compiled(key, arch, options.fast)
-                facts = cuda.entry_of(key, arch, options.fast).facts()
-            print(f"{arch:7} {facts['seconds']:7.3f} s  {key.words}")
+                told(arch, cuda.entry_of(key, arch, options.fast), key.words)
+    if "cpu" in archs:
+        for spec in dict.fromkeys(rule_of(options).formats()):
+            if spec != "fp32":
+                build_here(wire.source_of(wire_codec(spec)))
+
+
+def build_here(key: Any) -> None:
+    cpu.library(key)
+    told("cpu", cpu.entry_of(key), key.words)
+
+
+def told(arch: str, entry: Entry, words: str) -> None:
+    print(f"{arch:7} {entry.facts()['seconds']:7.3f} s  {words}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
