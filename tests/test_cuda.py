@@ -10,6 +10,9 @@ import torch.distributed as dist
 from torch import nn
 
 import shardopt
+from shardopt.codecs.sendable import wire_codec
+from shardopt.dtensor.wire import stack
+from shardopt.kernels.wire import Coder
 from tests.table import DTYPES, RULES, STATES, recipe
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -85,6 +88,18 @@ def test_what_asks_equals_the_reference(rule, addons, source):
             assert (a - b).norm() <= 1e-5 * b.norm() or (a != b).double().mean() < 1e-3
         again = trained(rule, state, dtype, "cuda", fused=True, **given)
         assert all(torch.equal(a, b) for a, b in zip(runs[0], again))
+
+
+@pytest.mark.parametrize("spec", ["int8(block=128)", "int4(block=64)", "bf16", "fp8", "dyn8(block=64)"])
+def test_messages_have_the_bits_of_a_cpu(spec):
+    """Kills: what the emulated warp cannot show of `csrc/wire_warp.h`: launches, shuffles, division on a GPU."""
+    codec, x = wire_codec(spec), torch.randn(3, 70, 1040) * torch.exp2(torch.arange(70.0) - 40)[:, None]
+    geo = stack(*x.shape)
+    expected = Coder().encode(codec, x, geo)
+    found = Coder(gpus=True).encode(codec, x.cuda(), geo)
+    for name, part in expected.items():
+        assert torch.equal(found[name].cpu().view(torch.uint8), part.view(torch.uint8))
+    assert torch.equal(Coder(gpus=True).decode(codec, found, geo).cpu(), Coder().decode(codec, expected, geo))
 
 
 @pytest.mark.parametrize("name, addons", [("AdamW", []), ("AdamW", ["cautious", "orthograd"]), ("Adafactor", [])])

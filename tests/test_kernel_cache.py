@@ -42,7 +42,7 @@ def folder(tmp_path, monkeypatch):
             cpu.library,
             cpu.load,
             native_walk.library,
-            wire.functions,
+            wire.native,
         ):
             remembered.cache_clear()
 

@@ -83,16 +83,17 @@ struct Cta {
 
 }  // namespace shardopt
 
-// A kernel by its name and its type, which may hold commas. SHARDOPT_CTAS_*: how many CTAs of 256 threads a processor
-// must hold; chosen by shardopt/kernels/cuda.py.
-#define SHARDOPT_CUDA(NAME, ...)                                            \
+// A kernel by its name, what it is told and its type, which may hold commas. SHARDOPT_CTAS_*: how many CTAs of 256
+// threads a processor must hold; chosen by shardopt/kernels/cuda.py.
+#define SHARDOPT_CUDA_TOLD(NAME, TOLD, ...)                                 \
   extern "C" __global__ void __launch_bounds__(256, SHARDOPT_CTAS_##NAME)   \
-      shardopt_##NAME(const __grid_constant__ shardopt::Packed launch) {    \
+      shardopt_##NAME(const __grid_constant__ TOLD launch) {                \
     using Kernel = __VA_ARGS__;                                             \
     __shared__ Kernel::Shared shared;                                       \
     shardopt::Cta<Kernel::Member, Kernel::Shared> cta{shared};              \
     Kernel::run(cta, launch, blockIdx.x);                                   \
   }
+#define SHARDOPT_CUDA(NAME, ...) SHARDOPT_CUDA_TOLD(NAME, shardopt::Packed, __VA_ARGS__)
 extern "C" __global__ void __launch_bounds__(256)
     shardopt_advance(const __grid_constant__ shardopt::Counters launch) {
   shardopt::advance(launch, (long long)blockIdx.x * 256 + threadIdx.x);

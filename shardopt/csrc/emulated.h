@@ -96,14 +96,15 @@ struct EmulatedCta {
 }  // namespace shardopt
 
 // What a driver does with a launch: the packed parameter, for every CTA; the last first, since none may wait for one.
-#define SHARDOPT_EMULATED(NAME, ...)                                         \
+#define SHARDOPT_EMULATED_TOLD(NAME, TOLD, ...)                              \
   extern "C" void shardopt_##NAME(const void* launch, long long ctas) {      \
     using Kernel = __VA_ARGS__;                                              \
     while (ctas-- > 0) {                                                     \
       shardopt::EmulatedCta<Kernel::Member, Kernel::Shared> cta;             \
-      Kernel::run(cta, *(const shardopt::Packed*)launch, ctas);              \
+      Kernel::run(cta, *(const TOLD*)launch, ctas);                          \
     }                                                                        \
   }
+#define SHARDOPT_EMULATED(NAME, ...) SHARDOPT_EMULATED_TOLD(NAME, shardopt::Packed, __VA_ARGS__)
 extern "C" void shardopt_advance(const void* launch, long long ctas) {
   for (long long i = 0; i < ctas * 256; i++) shardopt::advance(*(const shardopt::Counters*)launch, i);
 }

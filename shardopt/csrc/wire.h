@@ -1,5 +1,5 @@
 // A codec as the format of messages: whole rows of float32 to codes and blocks' numbers, and back; on CPUs. Blocks lie at
-// GLOBAL columns; shardopt/kernels/wire.py says of which pieces this works.
+// GLOBAL columns; shardopt/kernels/wire.py says of which pieces this works. The GPU's side: wire_warp.h.
 #pragma once
 #include "codecs.h"
 

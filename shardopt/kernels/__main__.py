@@ -18,7 +18,7 @@ import torch
 
 from shardopt.codecs.sendable import wire_codec
 from shardopt.kernels import cpu, cuda, wire
-from shardopt.kernels.cache import Entry, NoCompiler, cache_folder
+from shardopt.kernels.cache import NoCompiler, cache_folder
 from shardopt.kernels.key import Key, NoTwin, key_at
 from shardopt.recipe import Recipe
 from shardopt.rules import RULES, Rule
@@ -73,26 +73,17 @@ def build(options: argparse.Namespace) -> None:
     archs = options.arch.split(",")
     if wrong := [arch for arch in archs if not re.fullmatch(r"cpu|sm_[1-9]\d+[af]?", arch)]:
         raise ValueError(f"--arch {wrong[0]!r} is neither cpu nor a GPU's, such as sm_80, sm_90 or sm_100")
-    for key in keys(options):
-        for arch in archs:
+    formats = [wire_codec(spec) for spec in dict.fromkeys(rule_of(options).formats()) if spec != "fp32"]
+    for arch in archs:
+        sent: list[Any] = [wire.source_of(codec) for codec in formats if wire.fits(codec, arch == "cpu")]
+        for key in keys(options) + sent:
             if arch == "cpu":
-                build_here(key)
+                cpu.library(key)
+                facts: dict[str, Any] = cpu.entry_of(key).facts()
             else:
                 cuda.compiled(key, arch, options.fast)
-                told(arch, cuda.entry_of(key, arch, options.fast), key.words)
-    if "cpu" in archs:
-        for spec in dict.fromkeys(rule_of(options).formats()):
-            if spec != "fp32":
-                build_here(wire.source_of(wire_codec(spec)))
-
-
-def build_here(key: Any) -> None:
-    cpu.library(key)
-    told("cpu", cpu.entry_of(key), key.words)
-
-
-def told(arch: str, entry: Entry, words: str) -> None:
-    print(f"{arch:7} {entry.facts()['seconds']:7.3f} s  {words}")
+                facts = cuda.entry_of(key, arch, options.fast).facts()
+            print(f"{arch:7} {facts['seconds']:7.3f} s  {key.words}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -54,12 +54,12 @@ def options(arch: str, fast: bool) -> list[str]:
     return [*OPTIONS, f"--gpu-architecture={arch}", *([FAST] if fast else [])]
 
 
-def entry_of(key: Key, arch: str, fast: bool = False) -> Entry:
+def entry_of(key: Any, arch: str, fast: bool = False) -> Entry:
     version = ".".join(map(str, bindings()[2]))
     return Entry(name_of("cuda", key.source("cuda"), version, " ".join(options(arch, fast))), ".cubin")
 
 
-def build(key: Key, arch: str, fast: bool) -> None:
+def build(key: Any, arch: str, fast: bool) -> None:
     began = time.perf_counter()
     ctas = dict.fromkeys(key.kernels, CTAS[0])
     while True:
@@ -126,7 +126,7 @@ def report_of(log: str, kernel: str) -> dict[str, int]:
     return {name: int(match.group(1)) if match else 0 for name, match in found.items()}
 
 
-def compiled(key: Key, arch: str, fast: bool = False) -> bytes:
+def compiled(key: Any, arch: str, fast: bool = False) -> bytes:
     """The cubin of a key, from the cache or made."""
     return obtained(entry_of(key, arch, fast), lambda: build(key, arch, fast))
 
@@ -155,8 +155,14 @@ class Module:
 
 
 @cache
-def load(key: Key, device: torch.device, fast: bool = False) -> Launcher:
-    """The native step of a key on a device (with its index), compiled if it has to be. NoCompiler where it cannot."""
+def module(key: Any, device: torch.device, fast: bool = False) -> Module:
+    """The kernels of a key on a device (with its index), compiled if they have to be. NoCompiler where they cannot."""
     arch = arch_of(torch.cuda.get_device_capability(device))
+    return Module(compiled(key, arch, fast), device, key.kernels)
+
+
+@cache
+def load(key: Key, device: torch.device, fast: bool = False) -> Launcher:
+    """The native step of a key on a device, as `module`."""
     launcher = PassLauncher if key.rounds else Launcher
-    return launcher(key, Module(compiled(key, arch, fast), device, key.kernels))
+    return launcher(key, module(key, device, fast))
