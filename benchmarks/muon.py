@@ -48,14 +48,19 @@ def contenders(ranks: int) -> dict[str, Callable[[list[nn.Parameter]], Any]]:
     }
     if ranks == 1:
         for name in ("quintic", "polar_express", "gram"):
-            made[f"shardopt {name}"] = lambda ps, name=name: shardopt.Muon(ps, orthogonalizer=name)
-        made["shardopt quintic, bf16"] = lambda ps: shardopt.Muon(ps, orthogonalizer="newton_schulz(dtype='bf16')")
+            made[f"shardopt {name}"] = ours(orthogonalizer=name)
+        made["shardopt quintic, bf16"] = ours(orthogonalizer="newton_schulz(dtype='bf16')")
         return made
     for wire in WIRES:
-        made[f"shardopt {wire}"] = lambda ps, wire=wire: shardopt.Muon(ps, wire=wire)
-    made["shardopt local"] = lambda ps: shardopt.Muon(ps, mode="local")
-    made["shardopt auto"] = lambda ps: shardopt.Muon(ps, mode="auto", orthogonalizer="minimax")
+        made[f"shardopt {wire}"] = ours(wire=wire)
+    made["shardopt local"] = ours(mode="local")
+    made["shardopt auto"] = ours(mode="auto", orthogonalizer="minimax")
     return made
+
+
+def ours(**options: Any) -> Callable[[list[nn.Parameter]], Any]:
+    """With kernels, which GPUs run only where they are asked for."""
+    return lambda params: shardopt.Muon(params, fused=True, **options)
 
 
 def muon_fsdp2(params: list[nn.Parameter]) -> Any:
