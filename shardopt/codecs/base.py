@@ -132,7 +132,7 @@ class Rounded(Codec):
         if self.rounding not in (known := ("auto", "nearest", "stochastic")):
             raise ValueError(
                 f"{self.name} got rounding={self.rounding!r}, but can round 'nearest', 'stochastic' or 'auto' (nearest "
-                f"in signed slots, stochastic in non-negative ones). Choose one of the three{near(self.rounding, known)}"
+                f"in signed slots, stochastic in non-negative ones). Choose one of them{near(self.rounding, known)}"
             )
 
     @property
