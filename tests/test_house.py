@@ -20,6 +20,7 @@ LEVELS = [
     {"write"},
     {"recipe", "state"},
     {"dtensor", "kernels"},
+    {"given"},
     {"item", "report", "groups", "capture"},
     {"prelude"},
     {"engine"},
