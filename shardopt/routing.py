@@ -128,7 +128,7 @@ def group_of(
         raise ValueError(f"no optimizer is named {preset!r}; use one of {', '.join(PRESETS)}{near(preset, PRESETS)}")
     try:
         made = PRESETS[preset](members, **options)
-    except TypeError as error:
+    except TypeError:
         known = options_of(PRESETS[preset])
         if not (wrong := [name for name in options if name not in known]):
             raise
@@ -136,7 +136,7 @@ def group_of(
         raise ValueError(
             f"{wrong[0]!r} is neither an option of {preset} nor one of a role: {roles}. {preset} takes "
             f"{', '.join(known)}{near(wrong[0], known)}"
-        ) from error
+        ) from None
     of_the_members = ("params", "param_names", "recipe")
     group = {key: value for key, value in made.param_groups[0].items() if key not in of_the_members}
     return group, made.recipes[0]
