@@ -215,7 +215,7 @@ def check_followed(what: str, recipe: Recipe, group: Mapping[str, Any]) -> None:
             f"{what} now says {', '.join(f'{name}={group[name]!r}' for name in wrong)}, but it is stepped by "
             f"{recipe.key()}: a step reads {', '.join(recipe.defaults())} and maximize from the group, other options "
             "are settled when the group is added. Put the old value back, or build another optimizer with the new one "
-            "and load this one's state_dict"
+            "and load a checkpoint of this one"
         )
 
 
