@@ -161,11 +161,11 @@ class Look:
     """What `settled` saw of a group, in which a scheduler may change the rate without another look."""
 
     def __init__(self, recipe: Recipe, group: Mapping[str, Any]) -> None:
-        self.recipe, self.options = recipe, options_of(recipe)
+        self.recipe, self.options = recipe, watched(recipe)
         self.heard = self.of_options(group)
         numbers = ("momentum", *(name for name in recipe.rule.numbers if name != "lr"))  # see `hand_on`
         read = dict.fromkeys((*numbers, *self.options))
-        self.entries = itemgetter("recipe", *(name for name in read if name in group))
+        self.entries = itemgetter("params", *(name for name in read if name in group))
         self.rate, self.size, self.seen = rate_of(group), len(group), self.entries(group)
 
     def holds(self, recipe: Recipe, group: Mapping[str, Any]) -> bool:
@@ -191,10 +191,10 @@ def rate_of(group: Mapping[str, Any]) -> Any:
     return lr if isinstance(lr, Tensor) else type(lr)
 
 
-def options_of(recipe: Recipe) -> list[str]:
+def watched(recipe: Recipe) -> list[str]:
     """The entries of a group that a step does not read: what they say is in the recipe, or nothing reads it."""
-    unread = [name for name in NUMBERS if name not in recipe.defaults()]
-    return [*recipe.rule.switches(), *recipe.rule.aliases, *RECIPE_KEYS, "recipe", *REFUSED, *unread]
+    others = [name for name in NUMBERS if name not in recipe.defaults()]
+    return [*recipe.rule.switches(), *recipe.rule.aliases, *RECIPE_KEYS, "recipe", *REFUSED, *others]
 
 
 def check_followed(what: str, recipe: Recipe, group: Mapping[str, Any]) -> None:

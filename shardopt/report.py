@@ -119,7 +119,7 @@ def progress(opt: Any) -> str:
     most, fewest = int(max(counts)), int(min(counts))
     since = None if opt.resumed_at is None else opt.calls - opt.resumed_at
     words = f"resumed at step {most:,}, no step taken since" if since == 0 else counted(most, "step")
-    words += f", {since:,} of them since the state was loaded" if since else ""
+    words += f", {counted(since, 'call')} of step() since the state was loaded" if since else ""
     words += f", some parameters fewer, from {fewest:,}" if fewest < most else ""
     return words + (f", {opt.skipped_steps:,} skipped" if opt.skipped_steps else "")
 

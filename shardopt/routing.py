@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from shardopt.codecs import view_shape
 from shardopt.optimizer import ShardedOptimizer
 from shardopt.presets import PRESETS
-from shardopt.presets.base import options_of
+from shardopt.presets.base import arguments_of
 from shardopt.recipe import Recipe
 from shardopt.spelling import choice, near
 
@@ -129,7 +129,7 @@ def group_of(
     try:
         made = PRESETS[preset](members, **options)
     except TypeError:
-        known = options_of(PRESETS[preset])
+        known = arguments_of(PRESETS[preset])
         if not (wrong := [name for name in options if name not in known]):
             raise
         roles = f"<role>_<option> with the roles {', '.join(ROLES)}, or aux_<option> for all but matrices"

@@ -71,7 +71,7 @@ def test_a_parameter_that_is_missing_somewhere():
     assert ["here wk.weight" in text for text in texts] == [False, True, False]
     assert sum("differ first in number 0, here wq.weight" in text for text in texts) == 2
     texts = refused(without(2))
-    assert all("some have 2 parameters with gradients, some 3" in text for text in texts)
+    assert all("some have 2 matrices with gradients, some 3" in text for text in texts)
     assert ["here number 2 is wv.weight" in text for text in texts] == [True, False, True]
     assert "here wk.weight" in texts[1] and "is the last" in texts[1]
 

@@ -114,7 +114,7 @@ def adopted(recipe: Recipe | None, name: str) -> bool:
         return True
     rule = recipe.rule
     unread = {*rule.numbers, *rule.aliases} - set(rule.defaults())  # such as the phase of another mode
-    return name not in (*rule.switches(), *unread)
+    return name not in (*rule.switches(), *unread, "differentiable")  # which is how torch steps, not what a step is
 
 
 def sentence(told: list[str]) -> str:

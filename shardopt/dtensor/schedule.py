@@ -108,8 +108,8 @@ def planned(
     replicas = ALONE if mesh is None else team_of(mesh, replica_axes(mesh, sharding))
     found = plan_here(announced, mesh, sharding, planner)
     if mesh is not None:
-        asked = [(layout.shape, work.key(), *wire, mode) for layout, (work, wire, mode) in announced]
-        compare(found, asked, [describe(layout) for layout, _ in announced], mesh, counter)
+        works = [(work.key(), *wire) for _, (work, wire, _) in announced]
+        compare(found, works, [layout for layout, _ in announced], mesh, counter)
     return [
         Task(layout, work, *formats_of(layout, wire), holdings(layout), team, replicas, found, i)
         for i, (layout, (work, wire, _)) in enumerate(announced)
@@ -127,32 +127,36 @@ def plan_here(
     return planner(members, shards, replicas, modes=modes)
 
 
-def compare(found: Plan, asked: Sequence[Any], names: Sequence[str], mesh: Any, counter: Any) -> None:
+def compare(found: Plan, works: Sequence[Any], layouts: Sequence[Layout], mesh: Any, counter: Any) -> None:
     """ValueError on every rank of the mesh where some made another plan: their messages would not fit.
 
-    asked: of every member, what it is and how it is worked on, in builtin types; names: what errors call it.
+    works: of every member the work's key and the formats, there and back.
     """
-    digest = digest_of(found.digest(), *asked)
+    digest = digest_of(found.digest(), works)
     ((low, high),) = extremes([int(digest, 16)], mesh, counter)
     if high == low:
         return
     raise ValueError(
         f"ranks of {mesh} made different plans for their matrices, {low:014x} and {high:014x} (this rank: {digest}): "
-        f"{first_difference(asked, names, mesh, counter)}. Give every rank the same parameters with gradients, in the "
-        f"same order, and the same options\n{found.describe()}"
+        f"{first_difference(found, works, layouts, mesh, counter)}. Give every rank the same parameters with "
+        f"gradients, in the same order, and the same options\n{found.describe()}"
     )
 
 
-def first_difference(asked: Sequence[Any], names: Sequence[str], mesh: Any, counter: Any) -> str:
+def first_difference(found: Plan, works: Sequence[Any], layouts: Sequence[Layout], mesh: Any, counter: Any) -> str:
     """In words: the first parameter in which ranks differ. Every rank of the mesh asks, once a step cannot be taken."""
-    ((fewest, most),) = extremes([len(asked)], mesh, counter)
-    pairs = extremes([int(digest_of(one), 16) for one in asked[:fewest]], mesh, counter)
+    ((fewest, most),) = extremes([len(works)], mesh, counter)
+    facts = list(zip(found.members, found.modes, works))[:fewest]
+    pairs = extremes([int(digest_of(fact), 16) for fact in facts], mesh, counter)
     first = next((i for i, (low, high) in enumerate(pairs) if low != high), fewest)
     if first < fewest:
-        return f"they differ first in number {first}, here {names[first]}, {asked[first][1]}"
+        work, there, back = works[first]
+        way = f"mode {found.modes[first]}, {work}, wire {there}+{back}"
+        return f"they differ first in number {first}, here {describe(layouts[first])}, {way}"
     if fewest < most:
-        here = f"number {first} is {names[first]}" if first < len(names) else f"{names[-1]} is the last"
-        return f"some have {fewest} parameters with gradients, some {most}; here {here}"
+        more = first < len(layouts)
+        here = f"number {first} is {describe(layouts[first])}" if more else f"{describe(layouts[-1])} is the last"
+        return f"some have {fewest} matrices with gradients, some {most}; here {here}"
     return "of the same parameters, by planners with other options"
 
 

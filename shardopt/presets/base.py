@@ -27,7 +27,7 @@ def recipe_of(rule: rules.Rule, state: Any, addons: Any, rounding: str, update_f
     return Recipe(rule, state, chosen, rounding, update_from)
 
 
-def options_of(preset: type) -> list[str]:
+def arguments_of(preset: type) -> list[str]:
     """The names of all that a preset takes beside params."""
     takers = [c for c in preset.__mro__ if issubclass(c, Preset) and "__init__" in vars(c)]
     found = [p for c in takers for p in signature(c.__init__).parameters.values()]
@@ -37,7 +37,7 @@ def options_of(preset: type) -> list[str]:
 
 def unexpected(preset: type, names: list[str]) -> str:
     """The words for options that a preset does not take."""
-    known = options_of(preset)
+    known = arguments_of(preset)
     counts = "an unexpected keyword argument" if len(names) == 1 else "unexpected keyword arguments"
     return (
         f"{preset.__name__}() got {counts} {', '.join(map(repr, names))}; it takes {', '.join(known)}"
