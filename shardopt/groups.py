@@ -201,7 +201,7 @@ def check_followed(what: str, recipe: Recipe, group: Mapping[str, Any]) -> None:
     """ValueError where a group's options say something else than the recipe that was made of them."""
     refuse(group)
     rule = recipe.rule
-    wrong = [name for name in rule.switches() if name in group and untyped(group[name]) != getattr(rule, name)]
+    wrong = [name for name in rule.switches() if name in group and not means(group[name], getattr(rule, name))]
     for name in rule.aliases:
         meant = rule.given({name: group[name]}) if name in group else {}
         wrong += [name for switch, value in meant.items() if value != getattr(rule, switch)]
@@ -225,11 +225,11 @@ def unread(recipe: Recipe, group: Mapping[str, Any]) -> list[str]:
     return [name for name in NUMBERS if name in group and name not in known and not_zero(group[name])]
 
 
-def untyped(value: Any) -> Any:
-    """As a rule holds it: a tuple for a list, an orthogonalizer's text."""
-    if hasattr(value, "describe"):
-        return value.describe()
-    return tuple(value) if isinstance(value, list) else value
+def means(value: Any, held: Any) -> bool:
+    """Whether a rule holds this for what a group says: a tuple for a list, the text of an orthogonalizer."""
+    if isinstance(value, list):
+        value = tuple(value)
+    return value is held or value == held or (hasattr(value, "describe") and value.describe() == held)
 
 
 def settled(recipe: Recipe, group: dict[str, Any], started: bool, number: int, look: Look | None = None) -> Recipe:

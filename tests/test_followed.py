@@ -72,6 +72,8 @@ def test_what_says_the_same_is_no_change():
     opt.param_groups[0].update(copy.deepcopy(own), addons="decay", rounding="nearest")
     step(opt)
     step(shardopt.Muon([{**group, "params": one()} for group in opt.param_groups]))
+    opt.param_groups[0]["orthogonalizer"] = shardopt.polar.NewtonSchulz(steps=3)
+    step(opt)
     step(copy.deepcopy(opt))
     step(pickle.loads(pickle.dumps(opt)))
 

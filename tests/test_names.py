@@ -12,7 +12,7 @@ from shardopt.dtensor.layout import layout_of
 from shardopt.dtensor.plan import plan
 from shardopt.dtensor.task import formats_of, member_of
 from shardopt.polar import NewtonSchulz
-from shardopt.rules.muon import WIRES
+from shardopt.rules.muon import WIRES, Muon
 from tests.table import weights
 from tests.test_mesh import distributed
 from tests.threaded import run_threaded
@@ -134,5 +134,7 @@ def test_names_follow_the_groups():
     bad = nn.Parameter(torch.zeros(3, dtype=torch.int32), requires_grad=False)
     with pytest.raises(ValueError, match=r"param_groups\[1\]\.params\[0\] is torch.int32"):
         opt.add_param_group({"params": [bad]})
+    with pytest.raises(ValueError, match=r"param_groups\[1\]\.params\[0\] is a vector"):
+        opt.add_param_group({"params": [q], "recipe": Recipe(Muon())})
     opt.add_param_group({"params": [p.new_ones(2).requires_grad_(), q]})
     assert opt.name_of(q) == "param_groups[1].params[1]" and opt.name_of(p) == "param_groups[0].params[0]"

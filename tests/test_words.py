@@ -131,9 +131,11 @@ def test_parameters_that_are_none_or_twice():
 
 def stepped(lr, later=False):
     (p,) = one()
-    opt = shardopt.AdamW([p], lr=1e-3 if later else lr)
-    opt.param_groups[0]["lr"] = lr
+    opt = shardopt.AdamW([p], lr=torch.tensor(1e-3) if later else lr)
     p.grad = torch.ones_like(p)
+    if later:
+        opt.step()
+        opt.param_groups[0]["lr"] = lr
     opt.step()
     return p
 
