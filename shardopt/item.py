@@ -40,7 +40,7 @@ def item_of(
     group: dict[str, Any],
 ) -> Item:
     """The item of a parameter with a gradient; ValueError where its gradient or its state does not fit."""
-    grad = local_gradient(p, layout, lambda: layout.name)
+    grad = local_gradient(p, layout)
     if not stored:
         raise ValueError(
             f"{layout.name} has a gradient but no state: other parameters are still on the meta device. Call to_empty "

@@ -1,7 +1,7 @@
 """Names with options as people and checkpoints spell them, `int8(block=128)`; counts and bytes as people read them."""
 
 import ast
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 from threading import Lock
 from typing import Any
@@ -39,6 +39,11 @@ def choice(name: str, value: Any, allowed: Collection[str]) -> None:
     """ValueError, which lists what is allowed, unless the value is one of it."""
     if value not in tuple(allowed):
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}{near(value, allowed)}")
+
+
+def first_of(names: Sequence[str]) -> str:
+    """`layers.0.wq.weight and 11 more`."""
+    return names[0] + (f" and {len(names) - 1:,} more" if len(names) > 1 else "")
 
 
 def counted(count: int, one: str, more: str = "") -> str:

@@ -138,3 +138,12 @@ def test_names_follow_the_groups():
         opt.add_param_group({"params": [q], "recipe": Recipe(Muon())})
     opt.add_param_group({"params": [p.new_ones(2).requires_grad_(), q]})
     assert opt.name_of(q) == "param_groups[1].params[1]" and opt.name_of(p) == "param_groups[0].params[0]"
+
+
+def test_parameters_without_a_kernel_are_named():
+    """Where kernels are required. Kills: a reason that leaves the search to the user."""
+    turned = [(f"layer.{i}", nn.Parameter(torch.ones(8, 4).t())) for i in range(3)]
+    for _, p in turned:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"not contiguous \(layer\.0 and 2 more\)\. Use fused=None"):
+        shardopt.SGD(turned, fused=True).step()
