@@ -46,6 +46,17 @@ class Checkpoints:
         self.saved = int(extra["step"])
         return self.saved
 
+    def told(self) -> str:
+        """For people: from where the run goes on, or that it cannot."""
+        if self.saved < 0:
+            return f"no complete checkpoint in {self.path}: this run begins anew"
+        return f"going on from {self.path / f'step_{self.saved:08d}'}"
+
+    def due(self, step: int) -> bool:
+        """Whether to save after this update: in every period, and once soon, so that an early kill costs little."""
+        every, first = self.config.checkpoint_every, self.config.first_checkpoint
+        return every > 0 and (step % every == 0 or step == first < every)
+
     def save(self, step: int, blocking: bool = False) -> None:
         if step == self.saved:
             return

@@ -79,6 +79,7 @@ class Config:
     eval_every: int = option(100, "updates between evaluations; 0: only at the end")
     eval_batches: int = option(32, "validation windows, in global batches")
     checkpoint_every: int = option(100, "updates between checkpoints; 0: none but the one of a SIGTERM and at the end")
+    first_checkpoint: int = option(10, "update after which a new run saves first, if checkpoint_every is more; 0: none")
     keep: int = option(2, "checkpoints to keep")
     sample: int = option(200, "tokens to generate at the end; 0: none")
     prompt: str = option("def ", "the sample's beginning")

@@ -129,7 +129,7 @@ def train(
         if step == config.steps or (config.eval_every and step % config.eval_every == 0):
             line["val_loss"] = evaluate(model, optimizer, config, corpus, place)
         log.write(**line, time=round(log.seconds + time.perf_counter() - started, 3))
-        if config.checkpoint_every and step % config.checkpoint_every == 0:
+        if checkpoints.due(step):
             checkpoints.save(step)
         state = state or f"{optim.bytes_per_parameter(optimizer):.2f} B/param"
         speed = (step - first) * tokens / (time.perf_counter() - started)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Iterable
@@ -45,7 +46,9 @@ def find(name: str) -> Any:
             return found
     every = [x for x in dir(shardopt) if isinstance(getattr(shardopt, x), type)]
     names = [x for x in every if issubclass(getattr(shardopt, x), torch.optim.Optimizer)]
-    raise ValueError(f"shardopt has no optimizer {name!r}; it has {', '.join(names)}, and torch-adamw is torch's")
+    near = difflib.get_close_matches(name, names, n=1)
+    words = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"shardopt has no optimizer {name!r}; it has {', '.join(names)}, torch-adamw is torch's{words}")
 
 
 def build(model: nn.Module, config: Config) -> torch.optim.Optimizer:

@@ -1,7 +1,8 @@
 """FSDP2 pretraining of a small decoder with any optimizer of shardopt: `torchrun --nproc-per-node 2 launch/pretrain.py`
 
-Started again with the same `--out`, it goes on from the latest checkpoint, on any number of ranks. SIGTERM or SIGINT to
-any rank makes all of them save after the update under way and exit with 0. (torchrun passes a signal on to its ranks,
+Started again with the same `--out`, it says from which checkpoint it goes on, the latest, on any number of ranks; the
+first is saved after ten updates. SIGTERM or SIGINT to any rank makes all of them save after the update under way, say
+so and exit with 0. (torchrun passes a signal on to its ranks,
 but its own exit code is then 1.)
 """
 
@@ -99,13 +100,18 @@ def run(config: Config, stop: StopFlag) -> None:
     if hasattr(optimizer, "explain"):
         explained = optimizer.explain()
         say(place, explained)
+    say(place, checkpoints.told())
     say(place, f"resumed after step {step}" if step else "starting at step 0")
     log = RunLog(Path(config.out) / "log.jsonl", step, place.first)
     done = train(model, optimizer, schedule, config, corpus, place, checkpoints, log, step, stop)
     if done:
         finish(model, optimizer, (config, corpus, place), checkpoints.size(), log)
     else:
-        say(place, f"stopped by a signal; saved, and `--out {config.out}` goes on from here")
+        where = checkpoints.path / f"step_{checkpoints.saved:08d}"
+        say(
+            place,
+            f"stopped by a signal after step {checkpoints.saved}: saved in {where}, the same command goes on there",
+        )
     log.close()
     mesh.stop()
 

@@ -23,12 +23,16 @@ def check_capture(groups: Iterable[Mapping[str, Any]], has_state: Mapping[Any, b
                 f"param group {i} has lr {lr!r}; a captured step reads it on the device: give "
                 "lr=torch.tensor(lr, device='cuda')"
             )
-        for p in group["params"]:
+        for j, p in enumerate(group["params"]):
             if not p.requires_grad:
                 continue
+            name = group["param_names"][j] if "param_names" in group else f"param_groups[{i}].params[{j}]"
             if not has_state[p]:
-                raise ValueError("a step cannot make state while it is captured; take one step before capturing")
+                raise ValueError(
+                    f"{name} has no state, and a step cannot make any while it is captured; take one step before "
+                    "capturing"
+                )
             if p.grad is None:
                 raise ValueError(
-                    "a parameter has no gradient during capture; keep gradients with zero_grad(set_to_none=False)"
+                    f"{name} has no gradient during capture; keep gradients with zero_grad(set_to_none=False)"
                 )

@@ -11,8 +11,10 @@ from typing import Any
 
 from shardopt.dtensor.manifest import committed, damaged_files, is_checkpoint
 from shardopt.dtensor.stored import Stored
+from shardopt.piped import quiet
 
 
+@quiet
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console command. Returns 0; 1 where the checkpoint is damaged; 2 where there is none."""
     parser = argparse.ArgumentParser(prog="shardopt-checkpoint-info", description=__doc__)

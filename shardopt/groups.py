@@ -1,17 +1,23 @@
 """Param groups: what a group asks for beside its numbers, and the recipe that follows from it."""
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
 
 from shardopt.addons import Addon
 from shardopt.codecs import view_shape
+from shardopt.given import check_first_rate, check_rate
+from shardopt.kernels.walk import same
 from shardopt.recipe import Recipe, addons_of
-from shardopt.rules import Rule
+from shardopt.rules import RULES, Rule
+from shardopt.spelling import near
 
 RECIPE_KEYS = ("state", "addons", "rounding", "update_from")
+NUMBERS = tuple(dict.fromkeys(["weight_decay", *(n for rule in RULES.values() for n in rule.numbers if n != "lr")]))
 COMMON = ("lr", "maximize", "foreach", "capturable", "differentiable")  # torch's group keys, whatever the recipe
 REFUSED = {
     "amsgrad": "amsgrad is not supported; use amsgrad=False",
@@ -29,6 +35,8 @@ def complete(
     of the recipe.
     """
     group = dict(param_group)
+    if isinstance(group.get("params"), Iterator):
+        group["params"] = list(group["params"])
     own = group.get("recipe")
     recipe = base if own is None or isinstance(own, str) else own
     if not isinstance(recipe, Recipe):
@@ -47,6 +55,8 @@ def complete(
         if not isinstance(group.get(name, ""), str):
             del group[name]  # groups hold numbers, strings and tuples; the recipe's key says the rest
     group = {**recipe.defaults(), **group}  # a switch may bring a number of its own
+    for name in set(given) - asked - set(recipe.defaults()) - set(COMMON):
+        group.pop(name, None)  # the optimizer's: a number that this group's recipe does not read
     group.update({name: getattr(recipe.rule, name) for name in recipe.rule.switches()})
     if isinstance(own, str) and own != recipe.key():  # such as those of another optimizer's groups
         raise ValueError(
@@ -54,6 +64,8 @@ def complete(
             "itself, as shardopt.Recipe(shardopt.rules.AdamW(), 'fp32', ('decay',))"
         )
     group["recipe"] = recipe.key()
+    check_first_rate("a param group", group["lr"])
+    check_followed("a param group", recipe, group)
     return group, recipe
 
 
@@ -79,7 +91,7 @@ def check_read(given: Mapping[str, Any], recipes: Sequence[Recipe]) -> None:
     if unread := sorted(set(given) - read):
         raise ValueError(
             f"nothing reads {', '.join(unread)}; these recipes read {', '.join(sorted(read - set(COMMON)))} "
-            "(weight_decay needs a decay add-on)"
+            f"(weight_decay needs a decay add-on){near(unread[0], read)}"
         )
 
 
@@ -145,23 +157,99 @@ def hand_on(rule: Rule, group: dict[str, Any]) -> None:
         group["beta1"] = momentum
 
 
-def numbers_of(recipe: Recipe, group: Mapping[str, Any]) -> list[Any]:
-    """What `settled` reads of a group, in which a scheduler may change the rate without another look."""
-    numbers = (group.get(name) for name in ("momentum", *recipe.rule.numbers) if name != "lr")  # see `hand_on`
-    return [recipe, type(group.get("lr")), *numbers]
+class Look:
+    """What `settled` saw of a group, in which a scheduler may change the rate without another look."""
+
+    def __init__(self, recipe: Recipe, group: Mapping[str, Any]) -> None:
+        self.recipe, self.options = recipe, watched(recipe)
+        self.heard = self.of_options(group)
+        numbers = ("momentum", *(name for name in recipe.rule.numbers if name != "lr"))  # see `hand_on`
+        read = dict.fromkeys((*numbers, *self.options))
+        self.entries = itemgetter("params", *(name for name in read if name in group))
+        self.rate, self.size, self.seen = rate_of(group), len(group), self.entries(group)
+
+    def holds(self, recipe: Recipe, group: Mapping[str, Any]) -> bool:
+        """Whether all is as it was: the very same objects, and no entry came or went."""
+        if recipe is not self.recipe or len(group) != self.size or rate_of(group) is not self.rate:
+            return False
+        try:
+            return same(self.entries(group), self.seen)
+        except KeyError:
+            return False
+
+    def of_options(self, group: Mapping[str, Any]) -> list[Any]:
+        return list(map(group.get, self.options))
+
+    def followed(self, group: Mapping[str, Any]) -> bool:
+        """Whether the options are those that the recipe was seen to follow."""
+        return same(self.of_options(group), self.heard)
 
 
-def settled(recipe: Recipe, group: dict[str, Any], started: bool, number: int) -> Recipe:
-    """The group's recipe for this step; ValueError for numbers out of range, before anything is written.
+def rate_of(group: Mapping[str, Any]) -> Any:
+    """What of the rate must be looked at anew: a tensor, or the type of what is none."""
+    lr = group.get("lr")
+    return lr if isinstance(lr, Tensor) else type(lr)
+
+
+def watched(recipe: Recipe) -> list[str]:
+    """The entries of a group that a step does not read: what they say is in the recipe, or nothing reads it."""
+    others = [name for name in NUMBERS if name not in recipe.defaults()]
+    return [*recipe.rule.switches(), *recipe.rule.aliases, *RECIPE_KEYS, "recipe", *REFUSED, *others]
+
+
+def check_followed(what: str, recipe: Recipe, group: Mapping[str, Any]) -> None:
+    """ValueError where a group's options say something else than the recipe that was made of them."""
+    refuse(group)
+    rule = recipe.rule
+    wrong = [name for name in rule.switches() if name in group and not means(group[name], getattr(rule, name))]
+    for name in rule.aliases:
+        meant = rule.given({name: group[name]}) if name in group else {}
+        wrong += [name for switch, value in meant.items() if value != getattr(rule, switch)]
+    for name in RECIPE_KEYS:
+        if name in group and rebuilt(recipe, rule, {name: group[name]}) != recipe:
+            wrong.append(name)
+    if group.get("recipe", recipe.key()) != recipe.key():
+        wrong.append("recipe")
+    if wrong:
+        raise ValueError(
+            f"{what} now says {', '.join(f'{name}={group[name]!r}' for name in wrong)}, but it is stepped by "
+            f"{recipe.key()}: a step reads {', '.join(recipe.defaults())} and maximize from the group, other options "
+            "are settled when the group is added. Put the old value back, or build another optimizer with the new one "
+            "and load a checkpoint of this one"
+        )
+
+
+def unread(recipe: Recipe, group: Mapping[str, Any]) -> list[str]:
+    """Numbers of other recipes in a group, which nothing reads there."""
+    known = {*recipe.defaults(), *recipe.rule.switches(), *recipe.rule.aliases}
+    return [name for name in NUMBERS if name in group and name not in known and not_zero(group[name])]
+
+
+def means(value: Any, held: Any) -> bool:
+    """Whether a rule holds this for what a group says: a tuple for a list, the text of an orthogonalizer."""
+    if isinstance(value, list):
+        value = tuple(value)
+    return value is held or value == held or (hasattr(value, "describe") and value.describe() == held)
+
+
+def settled(recipe: Recipe, group: dict[str, Any], started: bool, number: int, look: Look | None = None) -> Recipe:
+    """The group's recipe for this step; ValueError for numbers out of range, before anything is written, and for
+    options that a step does not read and that are not the recipe's. look: the last one at this group.
 
     A scheduler may switch a momentum on (OneCycleLR does): before the group's first step the recipe follows, later
     the state that it needs is missing. Schedulers may end a hair below a rate of 0, as torch allows.
     """
     if "max_momentum" in group:
         hand_on(recipe.rule, group)
-    lr = group.get("lr")
-    if lr is None or isinstance(lr, str):
-        raise ValueError(f"param group {number} has lr {lr!r}; it must be a number or a tensor")
+    check_rate(f"param group {number}", group.get("lr"), group["params"])
+    if look is None or recipe is not look.recipe or not look.followed(group):
+        check_followed(f"param group {number}", recipe, group)
+        if names := unread(recipe, group):
+            warnings.warn(
+                f"param group {number} has {', '.join(names)}, which {recipe.key()} does not read: it reads "
+                f"{', '.join(recipe.defaults())}",
+                stacklevel=4,
+            )
     rule = with_numbers(recipe.rule, {**group, "lr": recipe.rule.defaults().get("lr", 0.0)})
     if rule.slots() == recipe.rule.slots():
         return recipe

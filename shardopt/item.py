@@ -1,5 +1,6 @@
 """One parameter in one step, and how a large one is cut into pieces of rows that fit the cache."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
@@ -8,6 +9,8 @@ from torch import Tensor
 
 from shardopt.codecs import Codec
 from shardopt.codecs.geometry import Geometry, taken
+from shardopt.dtensor.gradient import local_gradient
+from shardopt.dtensor.layout import Layout, local_of
 from shardopt.recipe import Recipe
 from shardopt.state import KEY, STEP, part_specs
 
@@ -26,6 +29,25 @@ class Item:
     codecs: dict[str, Codec]
     state: dict[str, Tensor]
     group: dict[str, Any]
+
+
+def item_of(
+    p: Tensor,
+    layout: Layout,
+    recipe: Recipe,
+    codecs: dict[str, Codec],
+    stored: Mapping[str, Tensor] | None,
+    group: dict[str, Any],
+) -> Item:
+    """The item of a parameter with a gradient; ValueError where its gradient or its state does not fit."""
+    grad = local_gradient(p, layout)
+    if not stored:
+        raise ValueError(
+            f"{layout.name} has a gradient but no state: other parameters are still on the meta device. Call to_empty "
+            "on the whole model before the first step"
+        )
+    parts = {name: local_of(part) for name, part in stored.items()}
+    return Item(local_of(p), grad, layout, recipe, codecs, parts, group)
 
 
 class Policy(NamedTuple):

@@ -15,18 +15,20 @@ from shardopt.codecs import Codec
 from shardopt.codecs.noise import parameter_key
 from shardopt.dtensor import lazy
 from shardopt.dtensor.answer import Answers
-from shardopt.dtensor.gradient import local_gradient
-from shardopt.dtensor.layout import Layout, checked_layout, local_of
+from shardopt.dtensor.layout import Layout, checked_layout
 from shardopt.dtensor.loading import load_groups, load_states
-from shardopt.groups import check_read, complete, cycled, numbers_of, settled, unfit
+from shardopt.given import check_apart, listed
+from shardopt.groups import Look, check_read, complete, cycled, settled, unfit
+from shardopt.item import Item, item_of
 from shardopt.kernels import Above, Native, wire
-from shardopt.kernels.walk import same
 from shardopt.prelude import agreed, skipped
 from shardopt.recipe import Recipe
 from shardopt.report import explain
+from shardopt.spelling import choice
 from shardopt.state import make_state
 
 NONFINITE = ("propagate", "zero", "skip")
+KEPT = ("recipe", "nonfinite", "seed", "fused", "calls", "resumed_at", "_given", "_skipped")  # by pickle and deepcopy
 
 
 class Plan(NamedTuple):
@@ -64,29 +66,31 @@ class ShardedOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         **defaults: Any,
     ) -> None:
-        if nonfinite not in NONFINITE:
-            raise ValueError(f"nonfinite is {nonfinite!r}; it must be one of {', '.join(NONFINITE)}")
+        choice("nonfinite", nonfinite, NONFINITE)
         self._recipes: list[tuple[dict[str, Any], Recipe]] = []
         self.recipe, self.nonfinite, self.seed, self.fused = recipe, nonfinite, int(seed), fused
         self.calls = 0  # steps that went through, skipped ones included; at least 1 with loaded state
+        self.resumed_at: int | None = None  # what `calls` was when state was loaded
         self.answers = Answers(coder=wire.chosen(fused))
         self.native = Native.chosen(fused)
         self._skipped: Tensor | None = None
         self._plans: dict[Tensor, Plan] = {}
         self._made_for: dict[Tensor, Any] = {}
         self._stepped: set[Tensor] = set()  # parameters whose state is no longer fresh
-        self._looked: dict[int, list[Any]] = {}  # what `settle` last saw of every group
+        self._names: dict[Tensor, str] = {}
+        self._looks: dict[int, Look] = {}  # what `settle` last saw of every group
         self._given = defaults
-        super().__init__(params, {**(recipe.defaults() if recipe else {}), **defaults})
+        super().__init__(listed(params), {**(recipe.defaults() if recipe else {}), **defaults})
         self._adopt(self.state)
         check_read(defaults, self.recipes)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, on a copy: the group keeps the user's keys and gets its numbers and its recipe's key string."""
         group, recipe = complete(param_group, self.recipe, self._given)
+        check_apart(group, self.param_groups)
         if self.native is not None:
             self.native.accept(recipe)
-        own = {*group, "params", "param_names"}
+        own, self._names = {*group, "params", "param_names"}, {}
         super().add_param_group(group)
         for name in set(group) - own:
             del group[name]  # torch adds the optimizer's defaults: numbers that this group's recipe does not read
@@ -125,7 +129,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         place = lazy.place_of(p)
         known = self._plans.get(p)
         if known is None or known.place != place:
-            layout = checked_layout(p)
+            layout = checked_layout(p, self.name_of(p))
             known = Plan(place, layout, recipe.codecs(layout.geo.view, p.dtype))
             self._plans[p] = known
         return known
@@ -170,7 +174,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.state: Any = wrapped
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {n: self.__dict__[n] for n in ("recipe", "nonfinite", "seed", "fused", "calls", "_given", "_skipped")}
+        kept = {name: self.__dict__[name] for name in KEPT}
         return {**super().__getstate__(), **kept, "state": self.state.plain(), "_recipes": self.recipes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -178,7 +182,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("answers", Answers(coder=wire.chosen(self.fused)))
         self.__dict__.setdefault("native", Native.chosen(self.fused))
         self._recipes = list(zip(self.param_groups, self._recipes))  # type: ignore[arg-type]
-        self._plans, self._made_for, self._looked = {}, {}, {}
+        self._plans, self._made_for, self._looks, self._names = {}, {}, {}, {}
         self._stepped = set(self.state) if self.calls else set()
         self._adopt(self.state)
 
@@ -198,7 +202,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.settle()
         groups = load_groups(self.param_groups, self.recipes, deepcopy(state_dict["param_groups"]))
         for i, (recipe, group, new) in enumerate(zip(self.recipes, self.param_groups, groups)):
-            settled(recipe, {**group, **new}, True, i)
+            settled(recipe, {**group, **new}, True, i, self._looks.get(i))
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         pairs = list(zip(saved_ids, (p for *_, p in self.parameters()), strict=True))
         self.make_states(frozen={p for i, p in pairs if i in state_dict["state"]})
@@ -215,7 +219,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def resumed(self, params: Iterable[Tensor]) -> None:
         """The state of these parameters was loaded: it is not fresh any more."""
-        self.calls = max(self.calls, 1)
+        self.calls = self.resumed_at = max(self.calls, 1)
         self._stepped.update(params)
 
     @torch.compiler.disable
@@ -257,37 +261,31 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def settle(self) -> None:
         """Check the groups' numbers, and let a group's recipe follow them while it has taken no step."""
         for i, (group, recipe) in enumerate(zip(self.param_groups, self.recipes)):
-            looked = numbers_of(recipe, group)
-            if i in self._looked and same(looked, self._looked[i]):
+            look = self._looks.get(i)
+            if look is not None and look.holds(recipe, group):
                 continue
-            now = settled(recipe, group, any(p in self._stepped for p in group["params"]), i)
+            now = settled(recipe, group, any(p in self._stepped for p in group["params"]), i, look)
             if now is not recipe:
                 self._recipes = [(g, now if g is group else r) for g, r in self._recipes]
                 group["recipe"] = now.key()
                 for p in group["params"]:
                     self._made_for.pop(p, None)
                     self._plans.pop(p, None)
-            self._looked[i] = looked
+            self._looks[i] = Look(now, group)
 
-    def items(self) -> list[engine.Item]:
+    def items(self) -> list[Item]:
         """What the engine needs of every parameter with a gradient; checks all of them before any is touched."""
-        items = []
-        for recipe, group, p in self.parameters():
-            if p.grad is None:
-                continue
-            _, layout, codecs = self.plan(recipe, p)
-            grad = local_gradient(p, layout, lambda p=p: self.name_of(p))  # type: ignore[misc]
-            if not (stored := dict.get(self.state, p)):
-                raise ValueError(
-                    f"{self.name_of(p)} has a gradient but no state: other parameters are still on the meta device. "
-                    "Call to_empty on the whole model before the first step"
-                )
-            parts = {name: local_of(part) for name, part in stored.items()}
-            items.append(engine.Item(local_of(p), grad, layout, recipe, codecs, parts, group))
-        return items
+        return [
+            item_of(p, layout, recipe, codecs, dict.get(self.state, p), group)
+            for recipe, group, p in self.parameters()
+            if p.grad is not None
+            for _, layout, codecs in (self.plan(recipe, p),)
+        ]
 
     def name_of(self, p: Tensor) -> str:
-        return next(name for name, q in self.named_parameters() if q is p)
+        if p not in self._names:
+            self._names = {q: name for name, q in self.named_parameters()}
+        return self._names[p]
 
     def explain(self) -> str:
         """Per group: recipe, what runs it and why, the formats of its parameters; and the communication so far."""

@@ -12,6 +12,7 @@ from shardopt.codecs import Codec, codec
 from shardopt.codecs.presets import resolve_state
 from shardopt.codecs.sendable import wire_codec
 from shardopt.rules import Rule
+from shardopt.spelling import choice, near
 from shardopt.write import KAHAN_CODEC, WRITES, Nearest
 
 
@@ -39,10 +40,8 @@ class Recipe:
             raise ValueError(f"rule is {self.rule!r}; give an object of shardopt.rules, such as AdamW()")
         put = object.__setattr__
         put(self, "addons", addons_of(self.addons))
-        if self.rounding not in WRITES:
-            raise ValueError(f"rounding is {self.rounding!r}; it must be one of {', '.join(WRITES)}")
-        if self.update_from not in ("fresh", "stored"):
-            raise ValueError(f"update_from is {self.update_from!r}; it must be 'fresh' or 'stored'")
+        choice("rounding", self.rounding, WRITES)
+        choice("update_from", self.update_from, ("fresh", "stored"))
         check_addons(self.rule, self.addons)
         for name in self.rule.formats():
             try:
@@ -112,7 +111,7 @@ def addon_of(spec: Any) -> Addon:
         return spec
     if isinstance(spec, str) and spec in ADDONS:
         return ADDONS[spec]()
-    raise ValueError(f"add-on {spec!r} is unknown; give an object or one of {', '.join(ADDONS)}")
+    raise ValueError(f"add-on {spec!r} is unknown; give an object or one of {', '.join(ADDONS)}{near(spec, ADDONS)}")
 
 
 def check_addons(rule: Rule, addons: tuple[Addon, ...]) -> None:

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shardopt.dtensor import lazy
@@ -12,6 +14,8 @@ from shardopt.kernels import NoTwin, key_for
 from shardopt.kernels.cache import NoCompiler
 from shardopt.spelling import counted
 from shardopt.state import KEY, STEP
+
+WIDTH = 14  # of the column of titles
 
 
 @dataclass
@@ -66,20 +70,67 @@ def explain(opt: Any) -> str:
     for i, (recipe, group) in enumerate(zip(opt.recipes, opt.param_groups)):
         params = group["params"]
         lines.append(f"group {i}: {recipe.key()}")
-        elements = sum(p.numel() for p in params)
-        lines.append(f"  {counted(len(params), 'parameter')}, {elements:,} elements, lr {float(group['lr']):g}")
-        for words, count in formats(opt, recipe, params).items():
-            lines.append(f"  {count} with {words}")
+        rows = {
+            **({"role": str(group["role"])} if "role" in group else {}),
+            "parameters": f"{len(params):,} of {sum(p.numel() for p in params):,} elements",
+            "numbers": numbers(opt, i),
+            **recipe.rule.details(list(dict.fromkeys(opt.plan(recipe, p).layout.geo.view for p in params))),
+        }
+        lines += [f"  {title:{WIDTH}} {words}" for title, words in rows.items()]
+        lines += [f"  {f'{count:,} with':{WIDTH}} {words}" for words, count in formats(opt, recipe, params).items()]
         if caveat := recipe.rule.caveat():
             lines.append(f"  {caveat}")
     answers = opt.answers
     lines += matrices(opt)
     lines.append(
-        f"so far: {counted(opt.calls, 'step')}, {counted(answers.rounds, 'round')} of communication with "
-        f"{counted(answers.collectives, 'collective')}, "
-        f"{answers.bytes:,} bytes a rank"
+        f"so far: {progress(opt)}; {counted(answers.rounds, 'round')} of communication with "
+        f"{counted(answers.collectives, 'collective')}, {answers.bytes:,} bytes a rank"
     )
     return "\n".join(lines)
+
+
+def numbers(opt: Any, i: int) -> str:
+    """What a step reads from a param group, the rate and the decay first; reads tensors on their devices."""
+    group, recipe = opt.param_groups[i], opt.recipes[i]
+    names = dict.fromkeys(("lr", "weight_decay", *recipe.defaults()))
+    found = [f"{name} {shown(group[name])}" for name in names if name in group and name in recipe.defaults()]
+    alike = [j for j, other in enumerate(opt.param_groups) if other.get("lr") is group["lr"] and j != i]
+    if alike and isinstance(group["lr"], Tensor):
+        found[0] += f" (one tensor with group {', '.join(map(str, alike))})"
+    return ", ".join([*found, *["maximize"] * bool(group.get("maximize"))])
+
+
+def shown(value: Any) -> str:
+    """A number of a group, a tensor's too, or several."""
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(shown, value))})"
+    if isinstance(value, Tensor):
+        return "on meta" if value.device.type == "meta" else f"{value.item():g}"
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
+
+
+def progress(opt: Any) -> str:
+    """How many steps were taken, as the states have it: also those of the run that this one goes on from."""
+    counts: list[float] = []
+    for _, here in groupby(sorted(steps_of(opt), key=device_of), key=device_of):
+        counts += torch.stack(list(here)).tolist()  # one wait a device
+    if not (opt.calls and counts):
+        return counted(opt.calls, "step")
+    most, fewest = int(max(counts)), int(min(counts))
+    since = None if opt.resumed_at is None else opt.calls - opt.resumed_at
+    words = f"resumed at step {most:,}, no step taken since" if since == 0 else counted(most, "step")
+    words += f", {counted(since, 'call')} of step() since the state was loaded" if since else ""
+    words += f", some parameters fewer, from {fewest:,}" if fewest < most else ""
+    return words + (f", {opt.skipped_steps:,} skipped" if opt.skipped_steps else "")
+
+
+def steps_of(opt: Any) -> list[Tensor]:
+    """The step counts, 0-d float32, of all parameters that have state; none is made."""
+    return [state[STEP] for state in dict.values(opt.state) if STEP in state]
+
+
+def device_of(count: Tensor) -> str:
+    return str(count.device)
 
 
 def matrices(opt: Any) -> list[str]:

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from shardopt.codecs import view_shape
 from shardopt.optimizer import ShardedOptimizer
 from shardopt.presets import PRESETS
+from shardopt.presets.base import arguments_of
 from shardopt.recipe import Recipe
+from shardopt.spelling import choice, near
 
 ROLES = ("matrix", "embedding", "head", "vector")
 EMBEDDINGS, POSITIONS = ("embed", "wte"), ("position", "pos_embed", "wpe", "time")
@@ -34,13 +36,13 @@ def roles(model: nn.Module, overrides: Mapping[str, str] | None = None) -> dict[
     for name in found:
         for pattern, role in (overrides or {}).items():
             if fnmatchcase(name, pattern):
-                if role not in ROLES:
-                    raise ValueError(f"{pattern!r} is given the role {role!r}; it must be one of {', '.join(ROLES)}")
+                choice(f"the role of {pattern!r}", role, ROLES)
                 unused.pop(pattern, None)
                 found[name] = role
                 break
     if unused:
-        raise ValueError(f"no parameter is named like {', '.join(map(repr, unused))}; drop or correct the pattern")
+        words = f"no parameter is named like {', '.join(map(repr, unused))}; drop or correct the pattern"
+        raise ValueError(words + near(next(iter(unused)), found))
     return found
 
 
@@ -123,14 +125,17 @@ def group_of(
 ) -> tuple[dict[str, Any], Recipe]:
     """The numbers and the recipe of a preset with these options."""
     if preset not in PRESETS:
-        raise ValueError(f"no optimizer is named {preset!r}; use one of {', '.join(PRESETS)}")
+        raise ValueError(f"no optimizer is named {preset!r}; use one of {', '.join(PRESETS)}{near(preset, PRESETS)}")
     try:
         made = PRESETS[preset](members, **options)
-    except TypeError as error:
-        wrong = str(error).rsplit("'", 2)[-2] if "unexpected keyword" in str(error) else str(error)
+    except TypeError:
+        known = arguments_of(PRESETS[preset])
+        if not (wrong := [name for name in options if name not in known]):
+            raise
+        roles = f"<role>_<option> with the roles {', '.join(ROLES)}, or aux_<option> for all but matrices"
         raise ValueError(
-            f"{wrong!r} is neither an option of {preset} nor one of a role: <role>_<option> with the roles "
-            f"{', '.join(ROLES)}, or aux_<option> for all but matrices"
+            f"{wrong[0]!r} is neither an option of {preset} nor one of a role: {roles}. {preset} takes "
+            f"{', '.join(known)}{near(wrong[0], known)}"
         ) from None
     of_the_members = ("params", "param_names", "recipe")
     group = {key: value for key, value in made.param_groups[0].items() if key not in of_the_members}

@@ -1,7 +1,8 @@
 """Names with options as people and checkpoints spell them, `int8(block=128)`; counts and bytes as people read them."""
 
 import ast
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
+from difflib import get_close_matches
 from threading import Lock
 from typing import Any
 
@@ -25,6 +26,24 @@ def spelled(text: str, nested: Collection[str] = ()) -> tuple[str, dict[str, Any
     except (SyntaxError, ValueError, AttributeError, TypeError):
         pass
     raise ValueError(f"{text!r} is neither a name nor 'name(option=value, ...)'")
+
+
+def near(word: Any, known: Iterable[str]) -> str:
+    """The end of an error that lists what is known: `; did you mean 'int8'?` where a name is much like the word."""
+    names = {name.lower(): name for name in known}
+    found = get_close_matches(word.lower(), names, n=1) if isinstance(word, str) else []
+    return f"; did you mean {names[found[0]]!r}?" if found else ""
+
+
+def choice(name: str, value: Any, allowed: Collection[str]) -> None:
+    """ValueError, which lists what is allowed, unless the value is one of it."""
+    if value not in tuple(allowed):
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}{near(value, allowed)}")
+
+
+def first_of(names: Sequence[str]) -> str:
+    """`layers.0.wq.weight and 11 more`."""
+    return names[0] + (f" and {len(names) - 1:,} more" if len(names) > 1 else "")
 
 
 def counted(count: int, one: str, more: str = "") -> str:

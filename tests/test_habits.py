@@ -182,7 +182,7 @@ BAD = {
     ),
     "nonfinite": (lambda p: shardopt.AdamW(p, nonfinite="ignore"), "propagate, zero, skip"),
     "rounding": (lambda p: shardopt.AdamW(p, rounding="up"), "nearest, stochastic, kahan"),
-    "update_from": (lambda p: shardopt.AdamW(p, update_from="x"), "'fresh' or 'stored'"),
+    "update_from": (lambda p: shardopt.AdamW(p, update_from="x"), "one of fresh, stored"),
     "state": (lambda p: shardopt.AdamW(p, state="int9"), "neither a preset"),
     "slot": (lambda p: shardopt.AdamW(p, state={"z": "int8"}), "slots of AdamW are exp_avg, exp_avg_sq"),
     "codec": (lambda p: shardopt.AdamW(p, state={"exp_avg": "log8"}), "stores non-negative slots"),

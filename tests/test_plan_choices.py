@@ -146,7 +146,7 @@ def test_nothing_to_plan():
         (lambda: plan([], 1, 0), "replicas=0"),
         (lambda: plan([], 1, bucket_bytes=0), "bucket_bytes=0"),
         (lambda: plan([matrix(4, 4)], 2, modes=["full", "full"]), "2 modes for 1 members"),
-        (lambda: plan([matrix(4, 4)], 2, modes="periodic"), "allowed are full, gram, local, auto"),
+        (lambda: plan([matrix(4, 4)], 2, modes="periodic"), "must be one of full, gram, local, auto"),
         (lambda: plan([matrix(4, 8)], 2, modes="gram"), "use 'full' or 'auto'"),
         (lambda: plan([matrix(8, 4, holders=(1,))], 2, modes="gram"), "use 'full' or 'auto'"),
         (lambda: plan([matrix(4, 4, holders=(2,))], 2), "positions are 0 to 1"),

@@ -1,5 +1,8 @@
 """What an optimizer says of itself: before its first step whatever can be known, and how many steps it took."""
 
+import copy
+from itertools import takewhile
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import shardopt
+from shardopt import Recipe, ShardedOptimizer, rules
+from tests.small import train
 from tests.threaded import run_threaded
 
 
@@ -70,3 +75,101 @@ def test_steps_that_were_refused_are_not_counted():
     with pytest.raises(ValueError, match="sparse"):
         opt.step()
     assert opt.calls == 1
+
+
+def ones(*shapes):
+    return [nn.Parameter(torch.ones(shape)) for shape in shapes]
+
+
+def so_far(opt):
+    """What is said of the steps."""
+    return opt.explain().splitlines()[-1].removeprefix("so far: ").split("; ")[0]
+
+
+def test_steps_are_those_of_the_training(tmp_path):
+    """As the states count them, over a resume by either way. Kills: a count of this process, one of 1 for whatever was
+    loaded, steps of before the load taken for steps since."""
+    module, other = nn.Linear(8, 8), nn.Linear(8, 8)
+    opt = shardopt.AdamW(module.parameters())
+    train(opt, list(module.parameters()), 5)
+    assert so_far(opt) == "5 steps"
+    again = shardopt.AdamW(other.parameters())
+    assert so_far(again) == "0 steps"
+    again.load_state_dict(opt.state_dict())
+    shardopt.save_checkpoint(tmp_path, module, opt, step=5)
+    loaded = shardopt.AdamW(other.parameters())
+    shardopt.load_checkpoint(tmp_path, other, loaded)
+    for resumed in (again, loaded):
+        assert so_far(resumed) == so_far(copy.deepcopy(resumed)) == "resumed at step 5, no step taken since"
+        train(resumed, list(other.parameters()), 2)
+        told = "7 steps, 2 calls of step() since the state was loaded"
+        assert so_far(resumed) == so_far(copy.deepcopy(resumed)) == told
+
+
+def test_steps_that_some_parameters_did_not_take():
+    """And those that nobody took. Kills: the first parameter's count for all, skipped steps among those taken."""
+    p, q = ones((3,), (4, 4))
+    opt = shardopt.AdamW([p, q], nonfinite="skip")
+    train(opt, [p], 3)
+    p.grad = torch.full((3,), torch.inf)
+    opt.step()
+    assert so_far(opt) == "3 steps, some parameters fewer, from 0, 1 skipped" and opt.calls == 4
+
+
+def rows_of(opt, group):
+    """Title -> words of a group, as told."""
+    lines = opt.explain().splitlines()
+    first = lines.index(next(line for line in lines if line.startswith(f"group {group}: ")))
+    here = takewhile(lambda line: line.startswith("  "), lines[first + 1 :])
+    return {line[2:16].strip(): line[17:] for line in here}
+
+
+def test_a_group_tells_its_numbers_and_formats():
+    told = rows_of(shardopt.AdamW(ones((64, 96), (64, 96), (96,)), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1), 0)
+    assert told["numbers"] == "lr 0.0003, weight_decay 0.1, betas (0.9, 0.95), eps 1e-08"
+    assert told["parameters"] == "3 of 12,384 elements" and told["2 with"].startswith("exp_avg: sqrt8")
+    assert not {"wire", "split", "orthogonalizer", "role", "mode"} & set(told)
+    lr, meta = torch.tensor(0.5), nn.Parameter(torch.empty(4, device="meta"))
+    assert "lr 0.5," in rows_of(shardopt.SGD([meta], lr=lr, maximize=True), 0)["numbers"]
+    assert rows_of(shardopt.SGD([meta], maximize=True), 0)["numbers"].endswith("dampening 0, maximize")
+
+
+def test_a_routed_model_tells_roles_and_the_wire_that_is_the_default():
+    """Kills: a default that is not told, options of one group told of another."""
+    model = nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 96), nn.Linear(96, 32))
+    opt = shardopt.build_optimizer(model, lr=0.02, aux="lion", embedding_lr=0.06, aux_betas=(0, 0.5))
+    told = [rows_of(opt, i) for i in range(3)]
+    assert [each["role"] for each in told] == ["matrix", "embedding", "vector"]
+    assert told[0]["orthogonalizer"] == "newton_schulz: 5 steps of quintic"
+    assert told[0]["wire"] == "int8: int8(block=128) there and back"
+    assert told[1]["numbers"] == "lr 0.06, weight_decay 0, betas (0, 0.5)"
+    assert "wire" not in told[1]
+
+
+def test_a_split_tells_how_it_cuts():
+    """By shape. Kills: the option for what it does, shapes of another group."""
+    qkv = {"params": ones((768, 512)), "split": (512, 128, 128), "ns_steps": 4, "ns_coefficients": "polar_express"}
+    heads = {"params": ones((1536, 512), (64, 32), (64, 32)), "split": 64}
+    opt = shardopt.Muon([qkv, heads], wire="int8+int4")
+    told = rows_of(opt, 0)
+    assert told["split"] == "768x512 into blocks of 512, 128, 128 rows"
+    assert told["orthogonalizer"].endswith(": 4 steps of polar_express")
+    assert told["wire"] == "int8+int4: int8(block=128) there, int4(block=64) back"
+    assert rows_of(opt, 1)["split"] == "1536x512 into 24 blocks of 64 rows; 64x32 into 1 block of 64 rows"
+    many = shardopt.Muon(ones(*((64 * i, 32) for i in range(1, 8))), split=64)
+    assert rows_of(many, 0)["split"].count("into") == 4 and rows_of(many, 0)["split"].endswith("; 3 more shapes")
+    assert "wire" not in rows_of(shardopt.Muon(ones((64, 32)), mode="local"), 0)
+    assert rows_of(shardopt.Muon(ones((64, 32)), mode="periodic", period=3), 0)["mode"] == "periodic, period 3"
+
+
+def test_many_parameters_are_told_on_one_screen():
+    """291 tensors in 3 groups. Kills: a line a parameter."""
+    blocks = [(512, 512)] * 128 + [(1376, 512)] * 64 + [(512, 1376)] * 32
+    groups = [
+        {"params": ones(*blocks), "recipe": Recipe(rules.Muon(), "int8", ("decay",)), "role": "matrix"},
+        {"params": ones((1000, 512), (1000, 512)), "recipe": Recipe(rules.AdamW(), "int8")},
+        {"params": ones(*[(512,)] * 65), "recipe": Recipe(rules.Lion(), "fp32")},
+    ]
+    lines = ShardedOptimizer(groups, lr=0.02).explain().splitlines()
+    assert sum(len(group["params"]) for group in groups) == 291
+    assert len(lines) <= 32 and max(len(line.partition("; runs on")[0]) for line in lines) <= 130

@@ -82,7 +82,7 @@ def test_overrides():
     assert (found["pos_embed"], found["output.output.weight"], found["qkv.weight"]) == ("embedding", "head", "vector")
     with pytest.raises(ValueError, match="no parameter is named like 'layers"):
         shardopt.roles(Model(), {"layers.*": "matrix"})
-    with pytest.raises(ValueError, match="the role 'nd'; it must be one of matrix"):
+    with pytest.raises(ValueError, match=r"the role of 'conv\.\*' is 'nd'; it must be one of matrix"):
         shardopt.roles(Model(), {"conv.*": "nd"})
 
 

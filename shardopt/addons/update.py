@@ -10,6 +10,7 @@ from shardopt.addons.base import Addon
 from shardopt.asks import Asking, Mean, Sum
 from shardopt.rules.base import Hyper, check
 from shardopt.rules.math import clip_rms
+from shardopt.spelling import choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +70,7 @@ class Cautious(Addon):
 
     def __post_init__(self) -> None:
         check("floor", self.floor, 1e-30, 1.0)
-        if self.count not in ("active", "all"):
-            raise ValueError(f"count is {self.count!r}; it must be 'active' or 'all'")
+        choice("count", self.count, ("active", "all"))
 
     def direction(self, p: Tensor, g: Tensor, u: Tensor, s: Any, h: Hyper) -> Asking:
         mask = u * g > 0

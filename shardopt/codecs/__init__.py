@@ -11,7 +11,7 @@ from shardopt.codecs.log import Log4, Log8, Log16
 from shardopt.codecs.packed import Int4
 from shardopt.codecs.plain import Bf16, Fp16, Fp32
 from shardopt.codecs.rows import Rows
-from shardopt.spelling import spelled
+from shardopt.spelling import near, spelled
 
 CODECS: dict[str, type[Codec]] = {
     cls.name: cls for cls in (Fp32, Bf16, Fp16, Int8, Sqrt8, Dyn8, Root4, Log8, Log16, Int4, Dyn4, Log4, Fp8, Factored)
@@ -32,12 +32,17 @@ def codec(spec: Codec | str) -> Codec:
         ) from None
     known_codecs = CODECS | FIXED
     if name not in known_codecs:
-        raise ValueError(f"no codec is named {name!r} (from {spec!r}). Use one of {', '.join(CODECS)}.")
+        raise ValueError(
+            f"no codec is named {name!r} (from {spec!r}). Use one of {', '.join(CODECS)}{near(name, CODECS)}"
+        )
     allowed = [f.name for f in fields(known_codecs[name]) if not f.name.startswith("_")]
     for option in options:
         if option not in allowed:
             known = f"has the options {', '.join(allowed)}" if allowed else "has no options"
-            raise ValueError(f"{name} got the option {option!r} (from {spec!r}), but {known}. Leave {option!r} out.")
+            raise ValueError(
+                f"{name} got the option {option!r} (from {spec!r}), but {known}. Leave {option!r} out"
+                f"{near(option, allowed)}"
+            )
     return known_codecs[name](**options)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from shardopt.asks import Asking
 from shardopt.codecs.geometry import Geometry
+from shardopt.spelling import near
 
 Parts = dict[str, Tensor]  # suffix -> local tensor
 Noise = Callable[[], Tensor]  # int32 noise of the local view's shape, the same for every mesh
@@ -128,10 +129,10 @@ class Rounded(Codec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rounding not in ("auto", "nearest", "stochastic"):
+        if self.rounding not in (known := ("auto", "nearest", "stochastic")):
             raise ValueError(
                 f"{self.name} got rounding={self.rounding!r}, but can round 'nearest', 'stochastic' or 'auto' (nearest "
-                "in signed slots, stochastic in non-negative ones). Choose one of the three."
+                f"in signed slots, stochastic in non-negative ones). Choose one of them{near(self.rounding, known)}"
             )
 
     @property

@@ -6,6 +6,7 @@ from typing import Any
 from shardopt.asks import Slot
 from shardopt.codecs import CODECS, Codec, check_slot, codec
 from shardopt.codecs.rows import Rows
+from shardopt.spelling import near
 
 # (signed slots, non-negative slots); chosen by paired-seed training runs: docs/quality.md
 PRESETS: dict[str, tuple[str, str]] = {
@@ -33,6 +34,7 @@ def resolve_state(spec: Any, slots: Iterable[Slot], rule: str) -> tuple[tuple[st
         if isinstance(spec, str) and spec.split("(")[0] not in CODECS:
             raise ValueError(
                 f"state={spec!r} is neither a preset ({', '.join(PRESETS)}) nor a codec ({', '.join(CODECS)})"
+                f"{near(spec.split('(')[0], [*PRESETS, *CODECS])}"
             )
         spec = {"signed": spec, "non_negative": spec}
     if not isinstance(spec, Mapping):
@@ -42,6 +44,7 @@ def resolve_state(spec: Any, slots: Iterable[Slot], rule: str) -> tuple[tuple[st
         raise ValueError(
             f"state names {', '.join(unknown)}, but the slots of {rule} are "
             f"{', '.join(slot.name for slot in slots if not slot.rows) or 'none'} (or use signed, non_negative)"
+            f"{near(unknown[0], known)}"
         )
     resolved: list[tuple[str, Codec]] = []
     for slot in slots:

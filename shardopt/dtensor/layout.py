@@ -1,6 +1,6 @@
 """The one reader of placements: what a parameter's DTensor spec says about its view, its cut and its groups."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -21,6 +21,7 @@ class Layout:
 
     shape: global. mesh, placements: None and () for a plain tensor. geo: the view and what of it is local.
     axes: for every dim of the view, the mesh axes (of size > 1) that shard it. local_shape: of the local tensor.
+    name: what errors call the parameter; layouts of other names are equal.
     """
 
     shape: tuple[int, ...]
@@ -29,6 +30,7 @@ class Layout:
     geo: Geometry
     axes: tuple[tuple[int, ...], ...]
     local_shape: tuple[int, ...]
+    name: str = field(default="", compare=False)
 
     @property
     def numel(self) -> int:
@@ -102,18 +104,18 @@ class Layout:
                 )
 
 
-def layout_of(tensor: Tensor) -> Layout:
+def layout_of(tensor: Tensor, name: str = "") -> Layout:
     """The layout of a parameter. ValueError for placements that no optimizer step is defined on."""
     shape = tuple(tensor.shape)
     if isinstance(tensor, DTensor):
-        return mesh_layout(shape, tensor.device_mesh, tuple(tensor.placements))
+        return mesh_layout(shape, tensor.device_mesh, tuple(tensor.placements), name)
     geo = Geometry.whole(shape)
-    return Layout(shape, None, (), geo, ((),) * len(geo.view), shape)
+    return Layout(shape, None, (), geo, ((),) * len(geo.view), shape, name)
 
 
-def checked_layout(p: Tensor) -> Layout:
+def checked_layout(p: Tensor, name: str = "") -> Layout:
     """The layout of a parameter whose local tensor was compared with its spec: the spec alone is not to be trusted."""
-    layout = layout_of(p)
+    layout = layout_of(p, name)
     real = tuple(p._local_tensor.shape) if isinstance(p, DTensor) else layout.local_shape
     if real != layout.local_shape:
         raise ValueError(
@@ -123,11 +125,12 @@ def checked_layout(p: Tensor) -> Layout:
     return layout
 
 
-def mesh_layout(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> Layout:
+def mesh_layout(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...], name: str = "") -> Layout:
+    what = f"{name or 'a parameter'} of shape {shape}"
     for placement in placements:
         if not (is_sharding(placement) or placement.is_replicate()):
             raise ValueError(
-                f"a parameter of shape {shape} has placements {placements}; an optimizer can step on Shard and "
+                f"{what} has placements {placements}; an optimizer can step on Shard and "
                 "Replicate only. Redistribute it (a Partial value must be reduced first)"
             )
     where = dict(enumerate(coordinates(mesh)))
@@ -141,7 +144,7 @@ def mesh_layout(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) 
         for d in members[1:]:
             if any(is_sharding(p) and p.dim == d for p in placements):
                 raise ValueError(
-                    f"a parameter of shape {shape} is sharded on dim {d}, which its view {view} merges into dim "
+                    f"{what} is sharded on dim {d}, which its view {view} merges into dim "
                     f"{members[0]}. Shard dim 0 or {members[0]}"
                 )
         cut = cuts_of(mesh, placements, members[0]) if members else ()
@@ -149,7 +152,7 @@ def mesh_layout(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) 
         if any(length % c.split for c in cut):
             # FSDP2 over TP then makes local tensors that differ from the spec on SOME ranks: refused on all alike
             raise ValueError(
-                f"a parameter of shape {shape} with placements {placements} has {length} entries in dim {members[0]}, "
+                f"{what} with placements {placements} has {length} entries in dim {members[0]}, "
                 f"which is not a multiple of the {max(c.split for c in cut)} tensor-parallel ranks that also cut it: "
                 "its local tensors would not be what the placements say. Pad it, or shard another dim"
             )
@@ -157,7 +160,7 @@ def mesh_layout(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) 
         cuts.append(tuple(b * inner for b in boundaries(length, cut)))
         axes.append(tuple(c.axis for c in cut if c.size > 1))
     local = local_shape(shape, mesh, placements)
-    return Layout(shape, mesh, placements, Geometry(view, tuple(runs), tuple(cuts)), tuple(axes), local)
+    return Layout(shape, mesh, placements, Geometry(view, tuple(runs), tuple(cuts)), tuple(axes), local, name)
 
 
 def is_sharding(placement: Any) -> bool:
@@ -229,4 +232,4 @@ def local_of(tensor: Tensor) -> Tensor:
 
 def describe(layout: Layout) -> str:
     where = "a plain tensor" if layout.mesh is None else f"placements {layout.placements} on {layout.mesh}"
-    return f"a parameter of shape {layout.shape} with {where}"
+    return f"{layout.name or 'a parameter'} of shape {layout.shape} with {where}"

@@ -8,7 +8,6 @@ from shardopt.recipe import Recipe
 from shardopt.rules import RULES, Rule
 
 TORCHS = {"amsgrad": "adamw", "dampening": "sgd", "centered": "rmsprop", "beta2_decay": "adafactor", "ns_steps": "muon"}
-TORCHS_MUON = ("ns_steps", "ns_coefficients", "adjust_lr_fn")  # told as switches of the rule, not adopted
 DECAYS = ("l2", "decay")
 
 
@@ -113,8 +112,9 @@ def adopted(recipe: Recipe | None, name: str) -> bool:
     """Whether an entry of a saved group is taken over; None: by an optimizer of torch's."""
     if recipe is None:
         return True
-    unread = set(recipe.rule.numbers) - set(recipe.rule.defaults())  # such as the phase of another mode
-    return name not in (*recipe.rule.switches(), *TORCHS_MUON, *unread)
+    rule = recipe.rule
+    unread = {*rule.numbers, *rule.aliases} - set(rule.defaults())  # such as the phase of another mode
+    return name not in (*rule.switches(), *unread, "differentiable")  # which is how torch steps, not what a step is
 
 
 def sentence(told: list[str]) -> str:

@@ -1,7 +1,7 @@
 """One parameter that wants its matrices whole: what the plan has to know of it, from global facts alone."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shardopt.dtensor.cost import orthogonalize_flops
 
@@ -13,7 +13,7 @@ class Member:
     holders: per matrix the shard position that holds all of it already (experts cut between them); None where its
     elements are cut over the shards. cut: the dim that the shards cut, -2 rows, -1 columns, None for both or neither.
     flops: of one matrix; 0 stands for five steps of its shape. there, back: bytes an element on the wire, to the
-    owner and from it.
+    owner and from it. name: what people call it, no part of a plan's digest.
     """
 
     rows: int
@@ -24,6 +24,7 @@ class Member:
     flops: float = 0.0
     there: float
     back: float
+    name: str = field(default="", repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("rows", "cols", "count", "flops", "there", "back"):

@@ -14,7 +14,7 @@ from shardopt.dtensor.cost import GIVEN, GRAM_BYTES, Costs, gram_flops, pipeline
 from shardopt.dtensor.member import Member
 from shardopt.dtensor.owners import shortest
 from shardopt.dtensor.tally import Tally
-from shardopt.spelling import counted, in_bytes
+from shardopt.spelling import choice, counted, in_bytes
 
 MODES = ("full", "gram", "local", "auto")
 MOST_BYTES, LEAST_BYTES = 512_000_000, 32_000_000  # of a bucket, unless told: memory; what latencies would not eat up
@@ -98,7 +98,7 @@ class Plan:
 
     def describe(self, names: Sequence[str] | None = None) -> str:
         """A readable table: the summary, then every bucket with its members and their owners."""
-        names = names or [f"member {i}" for i in range(len(self.members))]
+        names = names or [called(i, member) for i, member in enumerate(self.members)]
         lines = [self.summary()]
         for k, (bucket, tally) in enumerate(zip(self.buckets, self.tallies)):
             lines.append(
@@ -229,6 +229,11 @@ def choose(member: Member, shards: int, copies: int, costs: Costs) -> tuple[str,
     return ("gram" if gram < full else "full"), words
 
 
+def called(i: int, member: Member) -> str:
+    """What an error calls a member."""
+    return member.name or f"member {i}"
+
+
 def check(
     members: Sequence[Member], modes: Sequence[str], shards: int, replicas: int, bucket_bytes: int | None
 ) -> None:
@@ -241,12 +246,11 @@ def check(
             f"plan(modes=...): {len(modes)} modes for {len(members)} members; give one for all, or one each"
         )
     for i, (member, mode) in enumerate(zip(members, modes)):
-        if mode not in MODES:
-            raise ValueError(f"mode {mode!r} of member {i}: allowed are {', '.join(MODES)}")
+        choice(f"the mode of {called(i, member)}", mode, MODES)
         if mode == "gram" and shards > 1 and not member.long_side_cut:
             raise ValueError(
-                f"mode 'gram' of member {i} ({member.shape}, cut={member.cut}): every shard must hold a piece of the "
-                "long side and all of the short one; use 'full' or 'auto'"
+                f"mode 'gram' of {called(i, member)} ({member.shape}, cut={member.cut}): every shard must hold a piece "
+                "of the long side and all of the short one; use 'full' or 'auto'"
             )
         if any(not 0 <= holder < shards for holder in member.holders or ()):
-            raise ValueError(f"holders {member.holders} of member {i}: positions are 0 to {shards - 1}")
+            raise ValueError(f"holders {member.holders} of {called(i, member)}: positions are 0 to {shards - 1}")

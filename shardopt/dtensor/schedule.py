@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from shardopt.dtensor.held import holdings
-from shardopt.dtensor.layout import Layout
+from shardopt.dtensor.layout import Layout, describe
 from shardopt.dtensor.plan import Plan
 from shardopt.dtensor.route import Route
 from shardopt.dtensor.task import Task, formats_of, member_of, mode_asked
@@ -108,7 +108,8 @@ def planned(
     replicas = ALONE if mesh is None else team_of(mesh, replica_axes(mesh, sharding))
     found = plan_here(announced, mesh, sharding, planner)
     if mesh is not None:
-        compare(found, [(work.key(), *wire) for _, (work, wire, _) in announced], mesh, counter)
+        works = [(work.key(), *wire) for _, (work, wire, _) in announced]
+        compare(found, works, [layout for layout, _ in announced], mesh, counter)
     return [
         Task(layout, work, *formats_of(layout, wire), holdings(layout), team, replicas, found, i)
         for i, (layout, (work, wire, _)) in enumerate(announced)
@@ -126,19 +127,49 @@ def plan_here(
     return planner(members, shards, replicas, modes=modes)
 
 
-def compare(found: Plan, works: Sequence[Any], mesh: Any, counter: Any) -> None:
-    """ValueError on every rank of the mesh where some made another plan: their messages would not fit."""
-    digest = blake2b(repr((found.digest(), works)).encode(), digest_size=7).hexdigest()
-    mine = int(digest, 16)
-    extremes = torch.tensor([mine, -mine], dtype=torch.int64, device=mesh.device_type)
+def compare(found: Plan, works: Sequence[Any], layouts: Sequence[Layout], mesh: Any, counter: Any) -> None:
+    """ValueError on every rank of the mesh where some made another plan: their messages would not fit.
+
+    works: of every member the work's key and the formats, there and back.
+    """
+    digest = digest_of(found.digest(), works)
+    ((low, high),) = extremes([int(digest, 16)], mesh, counter)
+    if high == low:
+        return
+    raise ValueError(
+        f"ranks of {mesh} made different plans for their matrices, {low:014x} and {high:014x} (this rank: {digest}): "
+        f"{first_difference(found, works, layouts, mesh, counter)}. Give every rank the same parameters with "
+        f"gradients, in the same order, and the same options\n{found.describe()}"
+    )
+
+
+def first_difference(found: Plan, works: Sequence[Any], layouts: Sequence[Layout], mesh: Any, counter: Any) -> str:
+    """In words: the first parameter in which ranks differ. Every rank of the mesh asks, once a step cannot be taken."""
+    ((fewest, most),) = extremes([len(works)], mesh, counter)
+    facts = list(zip(found.members, found.modes, works))[:fewest]
+    pairs = extremes([int(digest_of(fact), 16) for fact in facts], mesh, counter)
+    first = next((i for i, (low, high) in enumerate(pairs) if low != high), fewest)
+    if first < fewest:
+        work, there, back = works[first]
+        way = f"mode {found.modes[first]}, {work}, wire {there}+{back}"
+        return f"they differ first in number {first}, here {describe(layouts[first])}, {way}"
+    if fewest < most:
+        more = first < len(layouts)
+        here = f"number {first} is {describe(layouts[first])}" if more else f"{describe(layouts[-1])} is the last"
+        return f"some have {fewest} matrices with gradients, some {most}; here {here}"
+    return "of the same parameters, by planners with other options"
+
+
+def digest_of(*facts: Any) -> str:
+    """56 bits, which int64 holds with either sign."""
+    return blake2b(repr(facts).encode(), digest_size=7).hexdigest()
+
+
+def extremes(mine: Sequence[int], mesh: Any, counter: Any) -> list[tuple[int, int]]:
+    """(least, greatest) over the ranks of the mesh, of every number; counter: gets the `collectives`."""
+    both = torch.tensor([[x, -x] for x in mine], dtype=torch.int64, device=mesh.device_type)
     for axis in range(mesh.ndim):
         if mesh.size(axis) > 1:
-            dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=mesh.get_group(axis))
+            dist.all_reduce(both, op=dist.ReduceOp.MAX, group=mesh.get_group(axis))
             counter.collectives += 1
-    high, low = int(extremes[0]), -int(extremes[1])
-    if high != low:
-        raise ValueError(
-            f"ranks of {mesh} made different plans for their matrices, {low:014x} and {high:014x} (this rank: "
-            f"{digest}). Give every rank the same parameters with gradients, in the same order, and the same options\n"
-            f"{found.describe()}"
-        )
+    return [(-low, high) for high, low in both.tolist()]

@@ -77,6 +77,7 @@ def member_of(layout: Layout, work: Any, there: Format, back: Format) -> Member:
         flops=work.flops(rows, cols),
         there=there.element_bytes,
         back=back.element_bytes,
+        name=layout.name,
     )
 
 

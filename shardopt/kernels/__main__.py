@@ -20,6 +20,7 @@ from shardopt.codecs.sendable import wire_codec
 from shardopt.kernels import cpu, cuda, wire
 from shardopt.kernels.cache import NoCompiler, cache_folder
 from shardopt.kernels.key import Key, NoTwin, key_at
+from shardopt.piped import quiet
 from shardopt.recipe import Recipe
 from shardopt.rules import RULES, Rule
 
@@ -86,6 +87,7 @@ def build(options: argparse.Namespace) -> None:
             print(f"{arch:7} {facts['seconds']:7.3f} s  {key.words}")
 
 
+@quiet
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0; 2 where nothing was built, with the reason in one line."""
     parser = argparse.ArgumentParser(prog="python -m shardopt.kernels", description=(__doc__ or "").splitlines()[0])

@@ -21,6 +21,7 @@ from shardopt.kernels.replay import Above, Prelude, Replay, Taken, facts_of
 from shardopt.kernels.spans import Shape, parts_of, shape_of
 from shardopt.kernels.survey import Survey, possible
 from shardopt.kernels.twins import NoTwin
+from shardopt.spelling import first_of
 
 OFF = os.environ.get("SHARDOPT_FUSED") == "0"  # for machines whose compiler must not be used
 SAID: set[str] = set()
@@ -65,7 +66,7 @@ class Native:
             check_recipe(recipe)
         except NoTwin as why:
             if self.required:
-                raise ValueError(refusal({str(why): None})) from None
+                raise ValueError(refusal({str(why): []})) from None
 
     def step(
         self,
@@ -96,7 +97,10 @@ class Native:
             gradients.append(item.grad.contiguous())
         refused = [*left, *(item for item in others if isinstance(self.find(item, before), str))]
         if self.required and refused:
-            raise ValueError(refusal(dict.fromkeys(str(self.find(item, before)) for item in refused)))
+            reasons: dict[str, list[str]] = {}
+            for item in refused:
+                reasons.setdefault(str(self.find(item, before)), []).append(item.layout.name)
+            raise ValueError(refusal(reasons))
         numbers = {**totals, "grad_scale": policy.grad_scale}
         addresses = np.array([gradient.data_ptr() for gradient in gradients], dtype=np.int64)
         for call in calls.values():
@@ -289,5 +293,7 @@ def say(reason: str) -> None:
         )
 
 
-def refusal(reasons: Mapping[str, Any]) -> str:
-    return f"fused=True, but {'; '.join(reasons)}. Use fused=None, which runs the reference there, or another recipe"
+def refusal(reasons: Mapping[str, Sequence[str]]) -> str:
+    """reasons: why there is no kernel -> the names of the parameters for which there is none."""
+    told = (f"{why} ({first_of(names)})" if names else why for why, names in reasons.items())
+    return f"fused=True, but {'; '.join(told)}. Use fused=None, which runs the reference there, or another recipe"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from shardopt.dtensor.cost import Costs, units
 from shardopt.dtensor.plan import LEAST_BYTES, MOST_BYTES
+from shardopt.piped import quiet
 from shardopt.plan.figure import draw
 from shardopt.plan.forecast import WAYS, Options, forecast, mesh_of, plan_for
 from shardopt.plan.models import MODELS, members_of, shapes_of
@@ -22,6 +23,7 @@ predicted seconds of every way to do it. Nothing is run; no process, GPU or netw
 SHARING = {"auto": None, "yes": True, "no": False}
 
 
+@quiet
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0; 2 where an argument does not fit, with the reason."""
     given = parser().parse_args(arguments)

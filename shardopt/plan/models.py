@@ -10,6 +10,7 @@ from shardopt.codecs.sendable import wire_codec
 from shardopt.dtensor.member import Member
 from shardopt.dtensor.wire import Format
 from shardopt.rules.muon import wire_of
+from shardopt.spelling import near
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -60,7 +61,7 @@ def shapes_of(model: str) -> Shapes:
         return MODELS[model]()
     path = Path(model)
     if not path.is_file():
-        raise ValueError(f"--model {model}: neither a file nor one of {', '.join(MODELS)}")
+        raise ValueError(f"--model {model}: neither a file nor one of {', '.join(MODELS)}{near(model, MODELS)}")
     try:
         shapes = {name: tuple(shape) for name, shape in json.loads(path.read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:

@@ -10,7 +10,7 @@ from shardopt.polar.low_rank import LowRank
 from shardopt.polar.minimax import minimax
 from shardopt.polar.newton_schulz import NewtonSchulz
 from shardopt.polar.split import Split
-from shardopt.spelling import spelled
+from shardopt.spelling import near, spelled
 
 ORTHOGONALIZERS: dict[str, Orthogonalizer] = {
     **{name: NewtonSchulz(coefficients=name) for name in SETS},
@@ -34,16 +34,29 @@ def orthogonalizer(spec: Orthogonalizer | str) -> Orthogonalizer:
 @lru_cache(maxsize=256)
 def read(spec: str) -> Orthogonalizer:
     """The orthogonalizer of a text; rules hold texts and ask for their orthogonalizer in every step."""
-    name, options = spelled(spec, nested=("work",))
-    if name not in (CLASSES if options else ORTHOGONALIZERS):
+    try:
+        name, options = spelled(spec, nested=("work",))
+    except ValueError as error:
         raise ValueError(
-            f"no orthogonalizer is named {spec!r}. Use one of {', '.join(ORTHOGONALIZERS)}, an object such as "
-            "NewtonSchulz(coefficients='polar_express', steps=6), or its text, newton_schulz(...)."
+            f"orthogonalizer: {error}. Names are {', '.join(ORTHOGONALIZERS)}{near(spec, ORTHOGONALIZERS)}"
+        ) from None
+    if name not in (CLASSES if options else ORTHOGONALIZERS):
+        if options and name in ORTHOGONALIZERS:
+            made = type(ORTHOGONALIZERS[name]).name
+            raise ValueError(f"{name} is a name for given options and takes none (from {spec!r}); write {made}(...)")
+        classes = f"{', '.join(CLASSES)} with options, as newton_schulz(coefficients='polar_express', steps=6)"
+        raise ValueError(
+            f"no orthogonalizer is named {name!r} (from {spec!r}). Use one of {', '.join(ORTHOGONALIZERS)}; an object "
+            f"of shardopt.polar; or {classes}{near(name, {**ORTHOGONALIZERS, **CLASSES})}"
         )
     if not options:
         return ORTHOGONALIZERS[name]
-    if unknown := set(options) - {field.name for field in fields(CLASSES[name])}:
-        raise ValueError(f"{name} has no option {', '.join(sorted(unknown))} (from {spec!r})")
+    known = [field.name for field in fields(CLASSES[name])]
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(
+            f"{name} has no option {', '.join(unknown)} (from {spec!r}); it has "
+            f"{', '.join(known)}{near(unknown[0], known)}"
+        )
     if "work" in options:
         options["work"] = orthogonalizer(options["work"])
     return CLASSES[name](**options)

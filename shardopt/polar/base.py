@@ -49,6 +49,10 @@ class Orthogonalizer:
         options = ", ".join(f"{name}={shown(value)}" for name, value in given.items())
         return f"{self.name}({options})" if options else self.name
 
+    def words(self) -> str:
+        """For people: `describe` and what matters of the defaults."""
+        return self.describe()
+
 
 def shown(value: Any) -> str:
     """An option as `describe` writes it."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from zlib import crc32
 
 from shardopt.polar.minimax import LIMIT, Triple, minimax
+from shardopt.spelling import near
 
 Coefficients = str | Triple | tuple[Triple, ...]
 Interval = tuple[float, float]
@@ -105,7 +106,7 @@ def _triples(coefficients: Coefficients, steps: int) -> tuple[tuple[Triple, ...]
             return coefficients, False  # type: ignore[return-value]
     raise ValueError(
         f"coefficients are a name ({', '.join(SETS)}), 'minimax(lower)' as in 'minimax(0.001)', a triple (a, b, c) for "
-        f"every step or a tuple of triples, got {coefficients!r}."
+        f"every step or a tuple of triples, got {coefficients!r}{near(coefficients, SETS)}"
     )
 
 

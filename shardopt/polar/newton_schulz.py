@@ -10,6 +10,7 @@ from shardopt.polar.base import DTYPES, Orthogonalizer, compute_dtype, norm, per
 from shardopt.polar.coefficients import Coefficients, default_safety, label, schedule
 from shardopt.polar.minimax import Triple
 from shardopt.polar.ops import operations
+from shardopt.spelling import counted, near
 
 NORMS = ("frobenius", "tight")
 
@@ -37,7 +38,8 @@ class Iteration(Orthogonalizer):
     def __post_init__(self) -> None:
         for option, value, allowed in (("dtype", self.dtype, ("auto", *DTYPES)), ("norm", self.norm, NORMS)):
             if value not in allowed:
-                raise ValueError(f"{self.name} got {option}={value!r}. Choose one of {', '.join(allowed)}.")
+                known = f"{', '.join(allowed)}{near(value, allowed)}"
+                raise ValueError(f"{self.name} got {option}={value!r}. Choose one of {known}")
         if not 0 < self.eps < 0.5:
             raise ValueError(f"{self.name} got eps={self.eps}; it guards against 0 / 0 and lies in (0, 0.5).")
         if isinstance(self.coefficients, list):
@@ -68,6 +70,9 @@ class Iteration(Orthogonalizer):
             return x, gram
         square = norm(gram).clamp(min=self.eps)
         return (x * square.rsqrt()).to(x.dtype), (gram / square).to(x.dtype)
+
+    def words(self) -> str:
+        return f"{self.describe()}: {counted(self.steps, 'step')} of {label(self.coefficients)}"
 
     def key(self) -> str:
         words = [self.name, label(self.coefficients), f"k{self.steps}", self.dtype]

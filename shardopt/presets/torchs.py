@@ -48,8 +48,11 @@ class AdamW(Adam):
         state: Any = "int8",
         **options: Any,
     ) -> None:
-        decoupled = {"decoupled_weight_decay": True}
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, state=state, **decoupled, **options)
+        if not options.setdefault("decoupled_weight_decay", True):
+            raise ValueError(
+                "AdamW's weight decay is decoupled; Adam has the coupled one of decoupled_weight_decay=False"
+            )
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, state=state, **options)
 
 
 class Lion(Preset):

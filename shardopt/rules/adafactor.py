@@ -11,6 +11,7 @@ from shardopt.asks import Asking, Mean, Slot
 from shardopt.ieee import sqrt
 from shardopt.rules.base import Hyper, Rule, check
 from shardopt.rules.math import clip_rms
+from shardopt.spelling import choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +81,7 @@ class Adafactor(Rule):
             ("decay", ("torch", "scaled", "decoupled")),
             ("eps_mode", ("clamp", "add")),
         ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+            choice(name, getattr(self, name), allowed)
         if self.bias_correction and self.beta2 is None:
             raise ValueError(
                 "bias_correction needs a fixed beta2: t^beta2_decay overwrites the state at t = 1 by itself"

@@ -12,6 +12,7 @@ from shardopt.ieee import sqrt
 from shardopt.rules.base import Hyper, check
 from shardopt.rules.math import clip_rms
 from shardopt.rules.muon import Muon, blocks, squares
+from shardopt.spelling import choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +100,7 @@ class AdaMuon(Muon):
         super().__post_init__()
         check("beta2", self.beta2, 0.0, 1.0, open_high=True)
         check("eps", self.eps, 0.0)
-        if self.scale not in ("rms_rescale", "clip"):
-            raise ValueError(f"scale is {self.scale!r}; it must be 'rms_rescale' or 'clip'")
+        choice("scale", self.scale, ("rms_rescale", "clip"))
         if self.adjust_lr != "none":
             raise ValueError(f"adjust_lr is {self.adjust_lr!r}, but AdaMuon's update has an RMS of its own: see scale")
 

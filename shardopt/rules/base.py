@@ -1,6 +1,6 @@
 """What every rule is: an update as one generator, its slots and its hyper-parameters; never storage, ranks, add-ons."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -49,6 +49,7 @@ class Rule:
     name: ClassVar[str]
     numbers: ClassVar[tuple[str, ...]] = ()  # the fields that live in param groups
     of_state: ClassVar[tuple[str, ...]] = ()  # the switches that give stored state its meaning
+    aliases: ClassVar[tuple[str, ...]] = ()  # other names of switches in param groups: see `given`
     asks: ClassVar[bool] = False  # whether update asks anything itself (its codecs aside)
     sign_like: ClassVar[bool] = False  # |u| is 1 by nature: clipping its RMS would do nothing
 
@@ -66,6 +67,10 @@ class Rule:
     def whole(self, view: tuple[int, ...]) -> tuple[Any, Wire, str] | None:
         """(work, wire, mode) of the `Whole` that update will ask for a parameter of this GLOBAL view."""
         return None
+
+    def details(self, views: Collection[tuple[int, ...]]) -> dict[str, str]:
+        """What `explain()` tells of the options for parameters of these GLOBAL views: title -> words."""
+        return {}
 
     def caveat(self) -> str | None:
         """What whoever reads `explain()` must know of these options."""

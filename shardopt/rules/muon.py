@@ -1,6 +1,6 @@
 """Muon and its kin: a momentum, orthogonalized as a whole matrix, wherever its shards are."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any, ClassVar
@@ -11,10 +11,12 @@ from torch import Tensor
 from shardopt.asks import Asking, Mean, Slot, Sum, Whole, Wire
 from shardopt.polar import SETS, NewtonSchulz, Orthogonalizer, Split, orthogonalizer
 from shardopt.rules.base import Hyper, Rule, check
+from shardopt.spelling import choice, counted, near
 
 MODES = ("full", "gram", "auto", "local", "periodic")
 ADJUSTMENTS = ("original", "match_rms_adamw", "spectral", "rms_rescale", "none")
 TORCHS = {"ns_coefficients": "coefficients", "ns_steps": "steps", "eps": "eps"}  # torch.optim.Muon's, NewtonSchulz's
+SHOWN = 4  # shapes whose cut `explain` tells
 WIRES = {  # there and back; blocks as small as the scales' bytes allow, since blocks of a wire are no state
     "exact": Wire("fp32", "fp32"),
     "bf16": Wire("bf16", "bf16"),
@@ -50,6 +52,7 @@ class Muon(Rule):
     asks: ClassVar[bool] = True
     numbers: ClassVar[tuple[str, ...]] = ("lr", "momentum", "phase")
     of_state: ClassVar[tuple[str, ...]] = ("accumulate",)
+    aliases: ClassVar[tuple[str, ...]] = ("adjust_lr_fn", *TORCHS)
     lr: Any = 1e-3
     momentum: Any = 0.95
     phase: int = 0  # of "periodic": the next step's place in its period; a number of the group, so that it is saved
@@ -66,8 +69,7 @@ class Muon(Rule):
         check("lr", self.lr, 0.0)
         check("momentum", self.momentum, 0.0, 1.0, open_high=True)
         for name, allowed in (("accumulate", ("ema", "sum")), ("adjust_lr", ADJUSTMENTS), ("mode", MODES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+            choice(name, getattr(self, name), allowed)
         if type(self.period) is not int or (self.mode == "periodic") != (self.period > 1):
             raise ValueError(
                 f"mode is {self.mode!r} and period {self.period!r}; give mode='periodic' an integer above 1, as "
@@ -97,28 +99,19 @@ class Muon(Rule):
 
     def given(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """torch.optim.Muon's names too; `eps` is the iteration's where the rule has no number of that name."""
-        found = super().given(group)
-        if "adjust_lr_fn" in group:
-            found["adjust_lr"] = group["adjust_lr_fn"] or "original"
-        changed = {new: group[old] for old, new in TORCHS.items() if old in group and old not in self.numbers}
-        if changed and "orthogonalizer" not in group:
-            mine = orthogonalizer(self.orthogonalizer)
-            if not isinstance(mine, NewtonSchulz):
-                raise ValueError(f"{', '.join(TORCHS)} belong to a Newton-Schulz, which {mine.describe()!r} is not")
-            if "coefficients" in changed:
-                changed["coefficients"] = known_as(changed["coefficients"])
-            found["orthogonalizer"] = replace(mine, **changed)
-        return found
+        mine, unheard = orthogonalizer(self.orthogonalizer), TORCHS if "orthogonalizer" in group else self.numbers
+        said = {name: group[name] for name in self.aliases if name in group and name not in unheard}
+        if set(said) & set(TORCHS) and not isinstance(mine, NewtonSchulz):
+            raise ValueError(f"{', '.join(TORCHS)} belong to a Newton-Schulz, which {mine.describe()!r} is not")
+        return super().given(group) | translated(said, mine)
 
     def options_of(self, saved: Mapping[str, Any]) -> dict[str, Any]:
         """torch.optim.Muon's momentum is an EMA, its iteration a Newton-Schulz; its eps only guards 0 / 0."""
         found = super().options_of(saved)
         if "ns_steps" in saved and "recipe" not in saved:
-            mine, known = orthogonalizer(self.orthogonalizer), known_as(saved["ns_coefficients"])
-            like = mine if isinstance(mine, NewtonSchulz) else NewtonSchulz()
-            found["orthogonalizer"] = replace(like, coefficients=known, steps=int(saved["ns_steps"])).describe()
-            found["adjust_lr"] = saved.get("adjust_lr_fn") or "original"
-            found["accumulate"] = "ema"
+            told = {"adjust_lr_fn": None, **saved, "ns_steps": int(saved["ns_steps"])}
+            told.pop("eps", None)
+            found |= translated(told, orthogonalizer(self.orthogonalizer)) | {"accumulate": "ema"}
         return found
 
     def slots(self) -> tuple[Slot, ...]:
@@ -198,6 +191,21 @@ class Muon(Rule):
             return 0.2 * sqrt(max(rows, cols))
         return sqrt(rows / cols) if self.adjust_lr == "spectral" else 1.0
 
+    def details(self, views: Collection[tuple[int, ...]]) -> dict[str, str]:
+        found = {"orthogonalizer": orthogonalizer(self.orthogonalizer).words()}
+        if self.split is not None:
+            cuts = [f"{view[-2]}x{view[-1]} into {cut_into(blocks(self.split, view[-2]))}" for view in views]
+            more = [f"{len(cuts) - SHOWN} more shapes"] if len(cuts) > SHOWN else []
+            found["split"] = "; ".join([*cuts[:SHOWN], *more])
+        there, back = wire_of(self.wire)
+        ways = f"{there} there and back" if there == back else f"{there} there, {back} back"
+        found["wire"] = f"{self.wire}: {ways}"
+        if self.mode != "full":
+            found["mode"] = f"{self.mode}, period {self.period}" if self.mode == "periodic" else self.mode
+        if self.mode == "local":
+            del found["wire"]  # nothing travels
+        return found
+
     def caveat(self) -> str | None:
         if self.mode in ("gram", "auto"):
             return f"mode={self.mode!r}: where the Gram form runs nothing is encoded, compare meshes with wire='exact'"
@@ -210,8 +218,24 @@ class Muon(Rule):
             group["phase"] = (group["phase"] + 1) % self.period
 
 
-def known_as(triple: Sequence[float]) -> Any:
+def translated(options: Mapping[str, Any], like: Orthogonalizer) -> dict[str, Any]:
+    """The switches that options of torch.optim.Muon say. like: the Newton-Schulz whose other options they leave."""
+    found: dict[str, Any] = {}
+    if "adjust_lr_fn" in options:
+        found["adjust_lr"] = options["adjust_lr_fn"] or "original"
+    changed = {new: options[old] for old, new in TORCHS.items() if old in options}
+    if "coefficients" in changed:
+        changed["coefficients"] = known_as(changed["coefficients"])
+    if changed:
+        base = like if isinstance(like, NewtonSchulz) else NewtonSchulz()
+        found["orthogonalizer"] = replace(base, **changed).describe()
+    return found
+
+
+def known_as(triple: Any) -> Any:
     """torch.optim.Muon's ns_coefficients as `coefficients` of shardopt.polar: by name where they have one."""
+    if isinstance(triple, str):
+        return triple
     return "quintic" if (tuple(triple),) == SETS["quintic"].triples else tuple(triple)
 
 
@@ -227,9 +251,17 @@ def blocks(split: Any, rows: int) -> tuple[int, ...]:
     return tuple(split) if isinstance(split, (tuple, list)) else (split,) * (rows // split)
 
 
+def cut_into(rows: tuple[int, ...]) -> str:
+    """Blocks of rows in words: heads are equal, fused q, k, v need not be."""
+    if len(set(rows)) == 1:
+        return f"{counted(len(rows), 'block')} of {rows[0]} rows"
+    return f"blocks of {', '.join(map(str, rows[:8]))}{', ...' if len(rows) > 8 else ''} rows"
+
+
 def wire_of(spec: str) -> Wire:
     """The formats of a wire's name, or of "there+back"."""
     formats = spec.split("+") if isinstance(spec, str) else ()
     if len(formats) != 2 and spec not in WIRES:
-        raise ValueError(f"wire is {spec!r}; give one of {', '.join(WIRES)}, or two codecs as 'there+back'")
+        names = f"{', '.join(WIRES)}, or two codecs as 'there+back'"
+        raise ValueError(f"wire is {spec!r}; give one of {names}{near(spec, WIRES)}")
     return WIRES.get(spec) or Wire(*formats)

@@ -1,0 +1,67 @@
+"""The pretraining job from its first minutes on: what it says of checkpoints, when it saves, how it ends on SIGTERM."""
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from launch import runlog, runs
+from launch.checkpoints import Checkpoints
+from launch.config import Config
+from tests.test_launch import TINY
+
+OPTIONS = [*TINY, "--eval-every=0", "--plot=false", "--sample=0", "--checkpoint-every=1000"]
+
+
+def checkpoints(**options):
+    return Checkpoints(Config(**options), None, None, None)  # type: ignore[arg-type]
+
+
+def due(**options):
+    """The updates of the first 40 after which a run saves."""
+    made = checkpoints(**options)
+    return [step for step in range(1, 41) if made.due(step)]
+
+
+def test_a_run_saves_soon_and_then_in_every_period():
+    """Kills: a first save that comes in addition to earlier ones, one where none is wanted, one of another period."""
+    assert due() == due(checkpoint_every=1000) == [10]
+    assert due(checkpoint_every=15) == [10, 15, 30]
+    assert due(checkpoint_every=4) == list(range(4, 41, 4)) and due(checkpoint_every=10) == [10, 20, 30, 40]
+    assert due(first_checkpoint=3) == [3] and due(first_checkpoint=0) == due(checkpoint_every=0) == []
+
+
+def test_a_run_says_from_where_it_goes_on(tmp_path):
+    made = checkpoints(out=str(tmp_path))
+    assert made.told() == f"no complete checkpoint in {tmp_path}/checkpoints: this run begins anew"
+    made.saved = 40
+    assert made.told() == f"going on from {tmp_path}/checkpoints/step_00000040"
+
+
+@pytest.mark.multigpu
+@pytest.mark.slow
+def test_an_early_kill_costs_ten_steps_and_sigterm_none(tmp_path):
+    """SIGKILL after the first save, SIGTERM in the run that goes on. Kills: a run that begins anew without a word, a
+    first save after a hundred steps, a signal that ends the job without one or without a word."""
+    out, text = tmp_path / "run", tmp_path / "run.txt"
+    saved = out / "checkpoints"
+    marker = saved / "step_00000010" / "COMMITTED"
+
+    def until(words: str, step: int) -> subprocess.Popen[bytes]:
+        run = runs.begin(1, *OPTIONS, "--steps=100000", f"--out={out}", output=text)
+        while words not in text.read_text() or not marker.exists() or runlog.read(out / "log.jsonl")[-1]["step"] < step:
+            assert run.poll() is None, text.read_text()[-4000:]
+            time.sleep(0.02)
+        return run
+
+    runs.kill(until(f"no complete checkpoint in {saved}: this run begins anew\nstarting at step 0\n", 12))
+    first = text.read_text()
+    stopped = until(f"going on from {saved}/step_00000010\nresumed after step 10\n", 14)
+    os.kill(stopped.pid, signal.SIGTERM)
+    assert stopped.wait(timeout=120) == 0
+    then = text.read_text()[len(first) :]
+    last = runlog.read(out / "log.jsonl")[-1]["step"]
+    told = f"stopped by a signal after step {last}: saved in {saved}/step_{last:08d}, the same command goes on there"
+    assert told in then and (saved / f"step_{last:08d}" / "COMMITTED").exists() and last > 10
