@@ -34,6 +34,8 @@ struct Member {
   template <int... I>
   static Leaves<Seq<I...>, Table<C<I>, tabled<I>>...> tables_of(Seq<I...>);
   decltype(tables_of(typename Count<slots>::type{})) tables[chunks];  // of the tile's blocks
+  static constexpr int group = E < 64 ? E : 64;  // elements whose noise comes from one product
+  typename Only<!in_registers, Differences<group>>::type differences[slots + 1];
   alignas(64) float kept[slots + 1][chunks][E];  // 64: no vector lies in two lines of a cache
   u32 most[slots + 1][chunks], fewest[slots + 1][chunks];  // bits of the extremes of this member's elements
 
@@ -97,6 +99,16 @@ struct Member {
   HD void chunk(const Span& s, const typename K::Scalars& h, const typename K::RowNoise& noise, Sink& sink, i64 row,
                 i64 column, int n, int c, bool wide) {
     chunk_of<FULL>(s, h, noise, sink, row, column, n, c, wide, typename Count<slots>::type{});
+  }
+
+  // In memory: f(e, noise) for all elements of a chunk.
+  template <class F>
+  HD static void drawing(Differences<group>& differences, u32 near, F&& f) {
+    differences.settle(near);
+    for (int k = 0; k < E; k += group) {
+      const u32 product = noise_product(near ^ (u32)k);
+      ELEMENTS for (int l = 0; l < group; l++) f(k + l, noise_of_product(product + differences.by[l]));
+    }
   }
 
   // Encode what was kept; the extremes are the blocks' now. The member that holds a block's first element stores
@@ -197,7 +209,7 @@ HD void Member<K, E, LANES, TILES>::chunk_of(const Span& s, const typename K::Sc
         [&](auto i) {
           constexpr int S = decltype(i)::value;
           if constexpr (C<S>::block > 0) {
-            u32 magnitude = bits(fresh[S]) & 0x7fffffffu;
+            u32 magnitude = C<S>::is_signed || in_registers ? bits(fresh[S]) & 0x7fffffffu : bits(fresh[S]);  // or a NaN's
             if (!in_registers || e < n) {
               high[S] = larger(high[S], magnitude);
               if constexpr (C<S>::least) low[S] = smaller(low[S], magnitude - 1);
@@ -210,18 +222,23 @@ HD void Member<K, E, LANES, TILES>::chunk_of(const Span& s, const typename K::Sc
         },
         Seq<I...>{});
   }
-  if constexpr (later)
-    ELEMENTS for (int e = 0; e < (all ? E : n); e++) {
+  if constexpr (later) {
+    auto write = [&](int e, u32 random) {
       float x = P::load(p[e]), u = directions[e], delta = K::Decay::delta(u * h.rule.step, x, u, h.lr, h.decay);
-      p[e] = K::Write::template apply<P>(x, delta, nullptr, nullptr, noise_of(0, e));
-    }
+      p[e] = K::Write::template apply<P>(x, delta, nullptr, nullptr, random);
+    };
+    if constexpr (FULL && in_blocks)
+      drawing(differences[slots], near[0], write);
+    else
+      ELEMENTS for (int e = 0; e < (all ? E : n); e++) write(e, noise_of(0, e));
+  }
   if constexpr (contributions > 0 && !Sink::previews) sink.take(wanted, column, n, c);
   if constexpr (writes<Sink>) p.store(to, n, wide);
   each(
       [&](auto i) {
         constexpr int S = decltype(i)::value;
         if constexpr (C<S>::block > 0)
-          most[S][c] = high[S], fewest[S][c] = low[S] + 1;
+          most[S][c] = high[S] & 0x7fffffffu, fewest[S][c] = low[S] + 1;
         else if constexpr (writes<Sink> && S != K::factored)
           pick<S>(codes).store(codes_at<S>(s, row, column), n, wide);
       },
@@ -259,10 +276,12 @@ HD void Member<K, E, LANES, TILES>::finish_slot(const Span& s, const typename K:
       Codes<C<I>, E, FULL> codes;
       codes.begin(to);
       const auto e = encoder;
-      ELEMENTS for (int i = 0; i < (FULL || in_registers ? E : count); i++) {
-        u32 drawn = C<I>::stream != 0 ? noise_near(near, (u32)i) : 0;
-        codes.put(i, C<I>::encode(kept[I][c][i], e, drawn));
-      }
+      auto encode = [&](int i, u32 drawn) { codes.put(i, C<I>::encode(kept[I][c][i], e, drawn)); };
+      if constexpr (FULL && !in_registers && C<I>::stream != 0)
+        drawing(differences[I], near, encode);
+      else
+        ELEMENTS for (int i = 0; i < (FULL || in_registers ? E : count); i++)
+          encode(i, C<I>::stream != 0 ? noise_near(near, (u32)i) : 0);
       codes.store(to, count, wide);
     };
     if (!in_registers && count == E)
