@@ -1,6 +1,6 @@
 // The CPU's side: one thread is a team, threads share the tiles of a bucket.
 #pragma once
-#include "tile.h"
+#include "chunk.h"
 
 namespace shardopt {
 
@@ -117,10 +117,7 @@ struct Thread {
       }
     }
     member.forward(s, h, noise, sink, row, column, n, 0);
-    if constexpr (Sink::pass == K::rounds) {
-      agree(member);
-      member.finish(s, noise, row, column, n, 0);
-    }
+    if constexpr (Sink::pass == K::rounds) member.finish(s, noise, row, column, n, 0);
   }
 
   // The extremes of a block that spans several chunks.
