@@ -69,7 +69,7 @@ struct Thread {
     i64 group = -1;
     typename K::Scalars h{};
     Writing<K::rounds> sink;
-    Member member;
+    typename Only<in_blocks, Member>::type member;
     for (i64 tile = first; tile < last; at++) {
       const Span& s = spans[at];
       i64 across = K::across(s), end = s.tile0 + s.rows * across;
@@ -88,7 +88,10 @@ struct Thread {
         const i64 left = across - column / K::tile, whole = left < tiles ? left : tiles;
         const i64 some = whole < stop - tile ? whole : stop - tile;
         if constexpr (!in_blocks) ahead<K::rounds>(s, row, column + 2 * width);  // one further is too late
-        one(member, s, entered, drawn, sink, row, column, some * K::tile);
+        if constexpr (in_blocks)
+          one(member, s, entered, drawn, sink, row, column, some * K::tile);
+        else
+          alone(s, entered, drawn, sink, row, column, some * K::tile);
         column += some * K::tile, tile += some;
         if (column >= s.cols && tile < end) {
           column = 0, row++;
@@ -106,6 +109,14 @@ struct Thread {
     return h;
   }
 
+  // Without blocks nothing outlasts a tile. Measured: 3 % faster out of line, bf16 state on Zen 5.
+  template <class Sink>
+  __attribute__((noinline)) static void alone(const Span& s, const typename K::Scalars& h,
+                                              const typename K::RowNoise& noise, Sink& sink, i64 row, i64 column,
+                                              i64 most) {
+    Member member;
+    one(member, s, h, noise, sink, row, column, most);
+  }
   template <class Sink>
   static void one(Member& member, const Span& s, const typename K::Scalars& h, const typename K::RowNoise& noise,
                   Sink& sink, i64 row, i64 column, i64 most) {
