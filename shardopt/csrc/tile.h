@@ -67,15 +67,21 @@ struct Member {
     ELEMENTS for (int c = 0; c < chunks; c++) {
       int first = (c * LANES + lane) * E, count = n - first;
       if (!K::stored || count <= 0) begin(c);  // a step from what is stored reads the extremes that it previewed
-      if constexpr (!in_registers && Sink::pass == K::rounds) {  // passes that only read: for any length alone
+      if constexpr (in_blocks && writes<Sink> && !in_registers) {
         if (count >= E)
           chunk<true>(s, h, noise, sink, row, column + first, E, c, true);
         else if (count > 0)
           chunk<false>(s, h, noise, sink, row, column + first, count, c, false);
-        if constexpr (writes<Sink> && !by_slot) settle(s, row, column, n, c);
-      } else if (count > 0) {
-        chunk<false>(s, h, noise, sink, row, column + first, count < E ? count : E, c, aligned && count >= E);
+        if constexpr (!by_slot) settle(s, row, column, n, c);
+        continue;
       }
+      if (count <= 0) continue;
+      if constexpr (!in_registers && Sink::pass == K::rounds)  // passes that only read are compiled for any length alone
+        if (count >= E) {
+          chunk<true>(s, h, noise, sink, row, column + first, E, c, true);
+          continue;
+        }
+      chunk<false>(s, h, noise, sink, row, column + first, count < E ? count : E, c, aligned && count >= E);
     }
   }
   // The tables of all blocks, before any is needed: what a power costs is then hidden.
