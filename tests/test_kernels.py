@@ -138,6 +138,23 @@ def test_grad_scaler_and_skipped_steps():
     assert differences(run(False), run(True)) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_rows(dtype):
+    """Kills: the noise of a row's first columns, whose last bits decide what is added, for those beyond 65,536; blocks
+    of several tiles at a time that get each other's numbers."""
+
+    def run(fused):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(2, (1 << 16) + 1300).to(dtype))
+        opt = shardopt.AdamW([p], lr=1e-2, rounding="stochastic", state="int8", fused=fused)
+        for i in range(2):
+            p.grad = (torch.randn(p.shape) * torch.logspace(-3, 3, p.shape[1]) * (i + 1)).to(dtype)
+            opt.step()
+        return {"p": p.detach(), **opt.state[p]}
+
+    assert differences(run(False), run(True)) == []
+
+
 def test_threads_do_not_change_a_bit():
     """Kills: a step count advanced while another thread reads it, a tile stepped twice or never."""
 

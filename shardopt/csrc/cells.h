@@ -23,6 +23,14 @@ struct Opened<C, true> {
   }
 };
 
+// What the blocks of several chunks are encoded with, or nothing.
+template <class C, bool NEEDED, int CHUNKS>
+struct Encoders {};
+template <class C, int CHUNKS>
+struct Encoders<C, true, CHUNKS> {
+  decltype(C::close(0, 0, nullptr)) of[CHUNKS];
+};
+
 // The 16 values that a block's codes of 4 bits stand for, where a table is quicker than decoding every element.
 template <class C, bool TABLED>
 struct Table {

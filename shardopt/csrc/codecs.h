@@ -2,6 +2,7 @@
 //
 //   Code      type in memory; `packed` codes a byte
 //   block     elements that share numbers, 0: none; then only decode and encode are used
+//   is_signed of a block: whether values may be negative
 //   open      numbers of a block -> what decode needs;  decode: a code -> float
 //   prepare   what is kept of a fresh value until the block's extremes are known
 //   close     bits of the block's largest |x| (and of its smallest positive) -> stored numbers and what encode needs
@@ -45,6 +46,7 @@ using Fp16 = Half<Float16, SIGNED, STOCHASTIC, STREAM>;
 template <int BLOCK, bool SIGNED>
 struct Absmax {
   static constexpr int block = BLOCK, packed = 1, numbers = 1;
+  static constexpr bool is_signed = SIGNED;
   static constexpr bool least = false;
   static constexpr u32 stream = 0;
   struct Scale {

@@ -41,6 +41,19 @@ HD u32 noise_of_product(u32 x) {
 HD u32 noise_product(u32 from) { return from * 0x7FEB352Du; }
 HD u32 noise_near(u32 from, u32 i) { return noise_of_product(noise_product(from ^ i)); }
 
+// The first product of noise_near for i below N by an addition: (from ^ i) * c is from * c + ((from ^ i) - from) * c, and
+// what is added is the same wherever `from` ends in the same bits.
+template <int N>
+struct Differences {
+  alignas(64) u32 by[N];
+  u32 last = N;
+  HD void settle(u32 from) {
+    if (from % N == last) return;
+    last = from % N;
+    IVDEP for (int i = 0; i < N; i++) by[i] = noise_product((last ^ (u32)i) - last);
+  }
+};
+
 // The first product of noise_near for i of 0 to 7 by additions: setting bit k of `from ^ i` adds product[k] or takes it
 // away, the same for every `from` with the same low 3 bits.
 struct Steps {

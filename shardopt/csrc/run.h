@@ -1,7 +1,7 @@
 // What a warp knows of a run of tiles whose numbers it holds in registers, and how it rounds parameters there.
 #pragma once
 #include "calm.h"
-#include "tile.h"
+#include "chunk.h"
 
 namespace shardopt {
 

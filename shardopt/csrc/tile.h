@@ -34,8 +34,14 @@ struct Member {
   template <int... I>
   static Leaves<Seq<I...>, Table<C<I>, tabled<I>>...> tables_of(Seq<I...>);
   decltype(tables_of(typename Count<slots>::type{})) tables[chunks];  // of the tile's blocks
+  static constexpr bool by_slot = K::Slots::tabled();  // encoders of tables have too many constants to take turns
+  static constexpr int group = E < 64 ? E : 64;  // elements whose noise comes from one product
+  typename Only<!in_registers, Differences<group>>::type differences[slots + 1];
   alignas(64) float kept[slots + 1][chunks][E];  // 64: no vector lies in two lines of a cache
   u32 most[slots + 1][chunks], fewest[slots + 1][chunks];  // bits of the extremes of this member's elements
+  template <int... I>
+  static Leaves<Seq<I...>, Encoders<C<I>, !in_registers && (C<I>::block > 0), chunks>...> encoders_of(Seq<I...>);
+  decltype(encoders_of(typename Count<slots>::type{})) encoders;
 
   template <int I>
   HD static auto codes_at(const Span& s, i64 row, i64 column) {
@@ -61,6 +67,14 @@ struct Member {
     ELEMENTS for (int c = 0; c < chunks; c++) {
       int first = (c * LANES + lane) * E, count = n - first;
       if (!K::stored || count <= 0) begin(c);  // a step from what is stored reads the extremes that it previewed
+      if constexpr (in_blocks && writes<Sink> && !in_registers) {
+        if (count >= E)
+          chunk<true>(s, h, noise, sink, row, column + first, E, c, true);
+        else if (count > 0)
+          chunk<false>(s, h, noise, sink, row, column + first, count, c, false);
+        if constexpr (!by_slot) settle(s, row, column, n, c);
+        continue;
+      }
       if (count <= 0) continue;
       if constexpr (!in_registers && Sink::pass == K::rounds)  // passes that only read are compiled for any length alone
         if (count >= E) {
@@ -99,177 +113,79 @@ struct Member {
     chunk_of<FULL>(s, h, noise, sink, row, column, n, c, wide, typename Count<slots>::type{});
   }
 
-  // Encode what was kept; the extremes are the blocks' now. The member that holds a block's first element stores
-  // its numbers.
-  HD void finish(const Span& s, const typename K::RowNoise& noise, i64 row, i64 column, int n, int lane,
-                 bool aligned = true) {
-    each<slots>([&](auto i) {
-      constexpr int I = decltype(i)::value;
-      if constexpr (C<I>::block > 0) finish_slot<I>(s, noise, row, column, n, lane, aligned);
-    });
+  // In memory: f(e, noise) for all elements of a chunk.
+  template <class F>
+  HD static void drawing(Differences<group>& differences, u32 near, F&& f) {
+    differences.settle(near);
+    for (int k = 0; k < E; k += group) {
+      const u32 product = noise_product(near ^ (u32)k);
+      ELEMENTS for (int l = 0; l < group; l++) f(k + l, noise_of_product(product + differences.by[l]));
+    }
   }
+
+  // The encoder of a block whose first element is the tile's `first`. The member that holds it stores its numbers.
   template <int I>
-  HD void finish_slot(const Span& s, const typename K::RowNoise& noise, i64 row, i64 column, int n, int lane,
-                      bool aligned);
-};
-
-template <class K, int E, int LANES, int TILES>
-template <bool FULL, class Sink, int... I>
-HD void Member<K, E, LANES, TILES>::chunk_of(const Span& s, const typename K::Scalars& scalars,
-                                      const typename K::RowNoise& noise, Sink& sink, i64 row, i64 column, int n, int c,
-                                      bool wide, Seq<I...>) {
-  using P = typename K::P;
-  using G = typename K::G;
-  constexpr int PASS = Sink::pass, contributions = PASS < K::rounds ? K::wants(PASS).values() : 0;
-#ifdef SHARDOPT_REGISTERS
-  const auto& h = scalars;
-#else
-  const auto h = scalars;  // a copy whose address nobody has: it stays in registers
-#endif
-  const auto draw = noise;
-  auto* to = (typename P::T*)s.p + row * s.ld + column;
-  constexpr bool all = FULL || in_registers;
-  Window<typename P::T, E> p;
-  Window<typename G::T, E> g;
-  Leaves<Seq<I...>, Codes<C<I>, E, FULL>...> codes;
-  Leaves<Seq<I...>, Opened<C<I>, (C<I>::block > 0)>...> opened;
-  Leaves<Seq<I...>, Storing<C<I>, (K::stored && C<I>::block > 0)>...> storing;
-  p.load(to, n, wide);
-  g.load((const typename G::T*)s.g + row * s.ld + column, n, wide);
-  each(
-      [&](auto i) {
-        constexpr int S = decltype(i)::value;
-        if constexpr (S == K::factored) return;
-        pick<S>(codes).load(codes_at<S>(s, row, column), n, wide);
-        if constexpr (tabled<S>)
-          pick<S>(codes).look_up(pick<S>(tables[c * E / C<S>::block]).value, n);
-        else if constexpr (C<S>::block > 0)
-          pick<S>(opened) = Opened<C<S>, true>::at(number_at<S>(s, row, column, 0),
-                                                   number_at<S>(s, row, column, C<S>::numbers - 1));
-        pick<S>(storing).settle(most[S][c], fewest[S][c]);
-      },
-      Seq<I...>{});
-  const u32 first = (u32)(s.col0 + column);
-  const u32 near[slots + 1] = {noise_from(draw.key[0], first), noise_from(draw.key[I + 1], first)...};
-  auto noise_of = [&](int stream, int e) {
-    return in_blocks ? noise_near(near[stream], (u32)e) : noise_at(draw.key[stream], first + e);
-  };
-  u32 high[slots + 1] = {}, low[slots + 1];
-  ((low[I] = inf_bits - 1), ...);  // less 1, which makes a 0 the largest of all
-  float wanted[contributions + 1][E];
-  // In memory, noisy writing is a loop of its own: with it, roots and divisions wait for room in the processor.
-  constexpr bool later = writes<Sink> && !in_registers && K::Write::noisy && !P::exact;
-  float directions[later ? E : 1];
-  ELEMENTS for (int e = 0; e < (all ? E : n); e++) {
-    float x = P::load(p[e]), d = G::load(g[e]), old[slots + 1], fresh[slots + 1], want[contributions + 1];
-    each(
-        [&](auto i) {
-          constexpr int S = slots - 1 - decltype(i)::value;
-          if constexpr (tabled<S>)
-            old[S] = pick<S>(codes).values[e];
-          else if constexpr (S != K::factored)
-            old[S] = pick<S>(opened).decode(pick<S>(codes).get(e));
-        },
-        Seq<I...>{});
-    auto stored = [&](auto i, float y) {
-      constexpr int S = decltype(i)::value;
-      u32 random = C<S>::stream != 0 ? noise_of(S + 1, e) : 0;
-      if constexpr (C<S>::block > 0)
-        return pick<S>(storing).value(y, random);
-      else
-        return C<S>::decode((typename C<S>::Code)C<S>::encode(y, random));
-    };
-    Cells<K, PASS, decltype(stored)> cells{old, fresh, want, 0, stored};
-    if constexpr (K::held(PASS)) cells.factor = sink.factor(h.line, column + e, c, e);
-    if constexpr (K::Rule::answered && PASS > K::from_answer) cells.answer = h.answer[column + e];
-    float u = K::template direction<PASS>(x, d, cells, h, want);
-    if constexpr (later) {
-      directions[e] = u;
-    } else if constexpr (writes<Sink>) {
-      float delta = K::Decay::delta(u * h.rule.step, x, u, h.lr, h.decay);
-      u32 random = K::Write::noisy && !P::exact ? noise_of(0, e) : 0;
-      p[e] = K::Write::template apply<P>(x, delta, old, fresh, random);
-    } else if constexpr (!Sink::previews) {
-      for (int k = 0; k < contributions; k++) wanted[k][e] = want[k];
-      continue;
-    }
-    each(
-        [&](auto i) {
-          constexpr int S = decltype(i)::value;
-          if constexpr (C<S>::block > 0) {
-            u32 magnitude = bits(fresh[S]) & 0x7fffffffu;
-            if (!in_registers || e < n) {
-              high[S] = larger(high[S], magnitude);
-              if constexpr (C<S>::least) low[S] = smaller(low[S], magnitude - 1);
-            }
-            if constexpr (writes<Sink>) kept[S][c][e] = C<S>::prepare(fresh[S]);
-          } else if constexpr (writes<Sink> && S != K::factored) {
-            u32 drawn = C<S>::stream != 0 ? noise_of(S + 1, e) : 0;
-            pick<S>(codes).put(e, C<S>::encode(fresh[S], drawn));
-          }
-        },
-        Seq<I...>{});
-  }
-  if constexpr (later)
-    ELEMENTS for (int e = 0; e < (all ? E : n); e++) {
-      float x = P::load(p[e]), u = directions[e], delta = K::Decay::delta(u * h.rule.step, x, u, h.lr, h.decay);
-      p[e] = K::Write::template apply<P>(x, delta, nullptr, nullptr, noise_of(0, e));
-    }
-  if constexpr (contributions > 0 && !Sink::previews) sink.take(wanted, column, n, c);
-  if constexpr (writes<Sink>) p.store(to, n, wide);
-  each(
-      [&](auto i) {
-        constexpr int S = decltype(i)::value;
-        if constexpr (C<S>::block > 0)
-          most[S][c] = high[S], fewest[S][c] = low[S] + 1;
-        else if constexpr (writes<Sink> && S != K::factored)
-          pick<S>(codes).store(codes_at<S>(s, row, column), n, wide);
-      },
-      Seq<I...>{});
-}
-
-template <class K, int E, int LANES, int TILES>
-template <int I>
-HD void Member<K, E, LANES, TILES>::finish_slot(const Span& s, const typename K::RowNoise& noise, i64 row, i64 column,
-                                                int n, int lane, bool aligned) {
-  constexpr int block = C<I>::block, span = block > E * LANES ? block / (E * LANES) : 1;  // chunks of a block
-  auto closed = [&](int c) {
-    const int first = (c * LANES + lane) * E;
+  HD static auto closed(const Span& s, i64 row, i64 column, int first, int n, u32 most, u32 fewest) {
     float stored[2];
-    auto encoder = C<I>::close(most[I][c], fewest[I][c], stored);
-    if (first < n && first % block == 0)
+    auto encoder = C<I>::close(most, fewest, stored);
+    if (first < n && first % C<I>::block == 0)
       each<C<I>::numbers>([&](auto w) {
         *number_at<I>(s, row, column + first, decltype(w)::value) = stored[decltype(w)::value];
       });
     return encoder;
-  };
-  decltype(closed(0)) encoders[in_registers ? 1 : chunks];
-  if constexpr (!in_registers)  // all blocks first, which hides how long each takes
-    for (int c = 0; c < chunks; c++) encoders[c] = c % span ? encoders[c - 1] : closed(c);
-  const u32 key = noise.key[I + 1];
-  ELEMENTS for (int c = 0; c < chunks; c++) {
-    const int first = (c * LANES + lane) * E, count = n - first < E ? n - first : E;
-    if (count <= 0) continue;
-    const auto encoder = in_registers ? closed(c) : encoders[in_registers ? 0 : c];
-    auto* to = codes_at<I>(s, row, column + first);
-    const u32 near = noise_from(key, (u32)(s.col0 + column + first));
-    const bool wide = aligned && count == E;
-    auto put = [&](auto full) {
-      constexpr bool FULL = decltype(full)::value;
-      Codes<C<I>, E, FULL> codes;
-      codes.begin(to);
-      const auto e = encoder;
-      ELEMENTS for (int i = 0; i < (FULL || in_registers ? E : count); i++) {
-        u32 drawn = C<I>::stream != 0 ? noise_near(near, (u32)i) : 0;
-        codes.put(i, C<I>::encode(kept[I][c][i], e, drawn));
-      }
-      codes.store(to, count, wide);
-    };
-    if (!in_registers && count == E)
-      put(Index<1>{});
-    else
-      put(Index<0>{});
   }
-}
+  // In memory: the block that ends with chunk c, if one does. Well before its encoder is used, since that takes long.
+  template <int I>
+  HD void settle(const Span& s, i64 row, i64 column, int n, int c) {
+    constexpr int span = C<I>::block > E ? C<I>::block / E : 1;
+    const int from = c + 1 - span;
+    if ((c + 1) % span != 0 || from * E >= n) return;
+    u32 high = 0, low = inf_bits;
+    for (int k = from; k <= c; k++) high = larger(high, most[I][k]), low = smaller(low, fewest[I][k]);
+    const auto encoder = closed<I>(s, row, column, from * E, n, high, low);
+    for (int k = from; k <= c; k++) pick<I>(encoders).of[k] = encoder;
+  }
+  HD void settle(const Span& s, i64 row, i64 column, int n, int c) {
+    each<slots>([&](auto i) {
+      if constexpr (C<decltype(i)::value>::block > 0) settle<decltype(i)::value>(s, row, column, n, c);
+    });
+  }
+
+  // Encode what was kept; in registers the extremes are the blocks' now.
+  HD void finish(const Span& s, const typename K::RowNoise& noise, i64 row, i64 column, int n, int lane,
+                 bool aligned = true) {
+    if constexpr (in_registers)
+      each<slots>([&](auto i) {
+        constexpr int I = decltype(i)::value;
+        if constexpr (C<I>::block > 0) {
+          ELEMENTS for (int c = 0; c < chunks; c++) {
+            const int first = (c * LANES + lane) * E;
+            if (first < n)
+              encode<I>(s, noise, row, column, n, first, c, aligned,
+                        closed<I>(s, row, column, first, n, most[I][c], fewest[I][c]));
+          }
+        }
+      });
+    if constexpr (!in_registers) {
+      const int some = (n + E - 1) / E;
+      auto put = [&](auto i, int c) {
+        constexpr int I = slots - 1 - decltype(i)::value;
+        if constexpr (C<I>::block > 0)
+          encode<I>(s, noise, row, column, n, c * E, c, aligned, pick<I>(encoders).of[c]);
+      };
+      if constexpr (by_slot) {
+        for (int c = 0; c < chunks; c++) settle(s, row, column, n, c);
+        each<slots>([&](auto i) {
+          for (int c = 0; c < some; c++) put(i, c);
+        });
+      } else {
+        for (int c = 0; c < some; c++) each<slots>([&](auto i) { put(i, c); });
+      }
+    }
+  }
+  template <int I, class Encoder>
+  HD void encode(const Span& s, const typename K::RowNoise& noise, i64 row, i64 column, int n, int first, int c,
+                 bool aligned, const Encoder& encoder);
+};
 
 }  // namespace shardopt
