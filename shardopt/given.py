@@ -64,6 +64,9 @@ def check_rate(what: str, lr: Any, params: Iterable[Tensor]) -> None:
 
 
 def check_first_rate(what: str, lr: Any) -> None:
-    """ValueError for a negative rate, or a NaN, in a tensor that can be read without waiting."""
-    if type(lr) is Tensor and lr.device.type == "cpu" and lr.numel() == 1 and not lr.item() >= 0:
+    """ValueError for a tensor of several numbers; for a negative rate, or a NaN, in one that can be read without
+    waiting."""
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        check_rate(what, lr, ())
+    if type(lr) is Tensor and lr.device.type == "cpu" and not lr.item() >= 0:
         raise ValueError(f"{what} has lr {lr.item()}; it must be in [0.0, inf]")

@@ -42,6 +42,7 @@ def complete(
     if not isinstance(recipe, Recipe):
         raise ValueError(f"a param group needs a recipe (of its own or the optimizer's); got {recipe!r}")
     refuse(group)
+    check_spelling(recipe, group)
     if misplaced := [name for name in ("nonfinite", "seed") if name in group]:
         raise ValueError(f"{', '.join(misplaced)} belongs to the optimizer, not to a param group")
     asked = set(group)
@@ -67,6 +68,16 @@ def complete(
     check_first_rate("a param group", group["lr"])
     check_followed("a param group", recipe, group)
     return group, recipe
+
+
+def check_spelling(recipe: Recipe, group: Mapping[str, Any]) -> None:
+    """ValueError for keys that are nobody's, but much like an option: torch lets a group hold what its user wants."""
+    known = {*NUMBERS, *COMMON, *REFUSED, *RECIPE_KEYS, *recipe.rule.switches(), *recipe.rule.aliases}
+    for name in set(group) - known - {"params", "param_names", "recipe", "nonfinite", "seed"}:
+        if meant := near(name, known, cutoff=0.85):
+            raise ValueError(
+                f"a param group has the key {name!r}, which nothing reads (if it is yours, choose another name){meant}"
+            )
 
 
 def refuse(options: Mapping[str, Any]) -> None:

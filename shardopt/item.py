@@ -50,6 +50,9 @@ def item_of(
     return Item(local_of(p), grad, layout, recipe, codecs, parts, group)
 
 
+LARGEST = 2.0**64  # of a gradient: from here on its square, and with it a second moment in codes, is not finite
+
+
 class Policy(NamedTuple):
     """What a step does with gradients. nonfinite: see ShardedOptimizer; grad_scale, found_inf: GradScaler's."""
 

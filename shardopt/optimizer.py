@@ -45,9 +45,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
     params: tensors, (name, tensor) pairs or param groups, as for every torch optimizer. A group may hold a `recipe`
     of its own, or `state`, `addons`, `rounding`, `update_from` that replace parts of the optimizer's.
     recipe: what groups without their own do. fused: None steps with native kernels where there are some, True raises
-    where there are none, False never compiles; the results are the same. nonfinite: "propagate" (as torch), "zero" (a
-    non-finite element counts as zero) or "skip" (the whole step, on all ranks alike; counted in `skipped_steps`). seed:
-    of stochastic rounding. Further keywords are defaults of the param groups: lr, weight_decay, maximize, ...
+    where there are none, False never compiles; the results are the same. nonfinite: "propagate" (as torch), "zero" (an
+    element that is not finite, or of 2^64 and more, whose square is not, counts as zero) or "skip" (the whole step, on
+    all ranks alike; counted in `skipped_steps`). seed: of stochastic rounding. Further keywords are defaults of the
+    param groups: lr, weight_decay, maximize, ...
 
     Every rank must hold gradients of the same parameters in a step, as for every collective of torch's.
     State appears complete on the first look at `state`, `state_dict()` or `step()`, never on meta. Raises ValueError

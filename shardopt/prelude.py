@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shardopt.asks import EVERYWHERE, Sum, Total
-from shardopt.item import Item, Policy
+from shardopt.item import LARGEST, Item, Policy
 
 
 class Share(NamedTuple):
@@ -49,12 +49,13 @@ def shares_of(items: Sequence[Item]) -> list[Share]:
 
 
 def surveyed(items: Sequence[Item], shares: Sequence[Share], policy: Policy) -> tuple[list[Tensor], Tensor]:
-    """(this rank's part of every share, how many of its gradients' elements are not finite)."""
+    """(this rank's part of every share, how many of its gradients' elements are wild)."""
     sums = []
     for share in shares:
         parts = [addon.before(prepared(items[i], policy)).x for i, addon in zip(share.members, share.addons)]
         sums.append(torch.stack([part.to(parts[0].device) for part in parts]).sum())
-    counts = [nonfinite_count(item.grad).to(items[0].grad.device) for item in items if policy.nonfinite == "skip"]
+    looked = items if policy.nonfinite == "skip" else ()
+    counts = [(~tame(unscaled(item, policy))).sum().double().to(items[0].grad.device) for item in looked]
     return sums, sum(counts, start=torch.zeros((), dtype=torch.float64))
 
 
@@ -106,15 +107,20 @@ def joining(layouts: Sequence[Any]) -> list[Any]:
     return chosen
 
 
-def nonfinite_count(grad: Tensor) -> Tensor:
-    return (~torch.isfinite(grad)).sum().double()
+def tame(g: Tensor) -> Tensor:
+    """Where an element and its square are finite."""
+    return g.abs() < LARGEST
+
+
+def unscaled(item: Item, policy: Policy) -> Tensor:
+    """The gradient without GradScaler's scale, fp32, local view."""
+    g = item.layout.view(item.grad).float()
+    return g if policy.grad_scale is None else g / policy.grad_scale.to(g.device)
 
 
 def prepared(item: Item, policy: Policy) -> Tensor:
-    """The gradient as the rule sees it: fp32, local view, unscaled, finite where asked, its sign turned to maximize."""
-    g = item.layout.view(item.grad).float()
-    if policy.grad_scale is not None:
-        g = g / policy.grad_scale.to(g.device)
+    """The gradient as the rule sees it: fp32, local view, unscaled, tame where asked, its sign turned to maximize."""
+    g = unscaled(item, policy)
     if policy.nonfinite == "zero":
-        g = torch.where(torch.isfinite(g), g, 0.0)
+        g = torch.where(tame(g), g, 0.0)
     return -g if item.group.get("maximize") else g

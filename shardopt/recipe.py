@@ -1,6 +1,6 @@
 """A recipe is rule, codecs, add-ons and write policy of one parameter group: data, checked when it is made."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -9,10 +9,10 @@ from shardopt.addons import ADDONS, Addon
 from shardopt.addons.variance import beta_of
 from shardopt.asks import Slot
 from shardopt.codecs import Codec, codec
-from shardopt.codecs.presets import resolve_state
+from shardopt.codecs.presets import resolve_state, split_outside
 from shardopt.codecs.sendable import wire_codec
 from shardopt.rules import Rule
-from shardopt.spelling import choice, near
+from shardopt.spelling import choice, near, spelled
 from shardopt.write import KAHAN_CODEC, WRITES, Nearest
 
 
@@ -100,18 +100,29 @@ class Recipe:
 
 
 def addons_of(specs: Any) -> tuple[Addon, ...]:
-    """Add-ons in their declared order, from objects, names, or one string of names with commas."""
+    """Add-ons in their declared order, from objects, names (with options or without), or one string of them."""
     if isinstance(specs, str):
-        specs = [name.strip() for name in specs.split(",") if name.strip()]
+        specs = split_outside(specs)
     return tuple(sorted((addon_of(spec) for spec in specs), key=lambda addon: (addon.order, addon.name)))
 
 
 def addon_of(spec: Any) -> Addon:
     if isinstance(spec, Addon):
         return spec
-    if isinstance(spec, str) and spec in ADDONS:
-        return ADDONS[spec]()
-    raise ValueError(f"add-on {spec!r} is unknown; give an object or one of {', '.join(ADDONS)}{near(spec, ADDONS)}")
+    try:
+        name, options = spelled(spec)
+    except (ValueError, AttributeError):
+        name, options = spec, {}
+    if not isinstance(name, str) or name not in ADDONS:
+        raise ValueError(
+            f"add-on {name!r} is unknown; give an object or one of {', '.join(ADDONS)}, with options as in "
+            f"'clip_by_global_norm(max_norm=0.5)'{near(name, ADDONS)}"
+        )
+    known = [field.name for field in fields(ADDONS[name])]
+    if unknown := [option for option in options if option not in known]:
+        its = f"it has {', '.join(known) or 'none'}{near(unknown[0], known)}"
+        raise ValueError(f"add-on {name} has no option {', '.join(unknown)}; {its}")
+    return ADDONS[name](**options)
 
 
 def check_addons(rule: Rule, addons: tuple[Addon, ...]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shardopt.dtensor import lazy
+from shardopt.dtensor.cost import GIVEN
 from shardopt.dtensor.layout import local_of
 from shardopt.kernels import NoTwin, key_for
 from shardopt.kernels.cache import NoCompiler
@@ -144,6 +145,8 @@ def matrices(opt: Any) -> list[str]:
     lines = []
     for plan in plans:
         lines += [title, *(f"  {line}" for line in plan.summary().splitlines())]
+        if plan.sharing or any(plan.why):
+            lines.append(f"  times are predicted for {GIVEN.words()}")
         kinds = [(member.shape, mode, why) for member, mode, why in zip(plan.members, plan.modes, plan.why)]
         for shape, mode, why in dict.fromkeys(kinds):
             count = counted(kinds.count((shape, mode, why)), "parameter")

@@ -41,7 +41,7 @@ def roles(model: nn.Module, overrides: Mapping[str, str] | None = None) -> dict[
                 found[name] = role
                 break
     if unused:
-        words = f"no parameter is named like {', '.join(map(repr, unused))}; drop or correct the pattern"
+        words = f"no parameter is named like {', '.join(map(repr, unused))}; a pattern is of whole names, as '*.gate.*'"
         raise ValueError(words + near(next(iter(unused)), found))
     return found
 

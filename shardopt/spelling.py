@@ -28,10 +28,10 @@ def spelled(text: str, nested: Collection[str] = ()) -> tuple[str, dict[str, Any
     raise ValueError(f"{text!r} is neither a name nor 'name(option=value, ...)'")
 
 
-def near(word: Any, known: Iterable[str]) -> str:
+def near(word: Any, known: Iterable[str], cutoff: float = 0.6) -> str:
     """The end of an error that lists what is known: `; did you mean 'int8'?` where a name is much like the word."""
     names = {name.lower(): name for name in known}
-    found = get_close_matches(word.lower(), names, n=1) if isinstance(word, str) else []
+    found = get_close_matches(word.lower(), names, n=1, cutoff=cutoff) if isinstance(word, str) else []
     return f"; did you mean {names[found[0]]!r}?" if found else ""
 
 
@@ -41,9 +41,9 @@ def choice(name: str, value: Any, allowed: Collection[str]) -> None:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}{near(value, allowed)}")
 
 
-def first_of(names: Sequence[str]) -> str:
+def first_of(names: Sequence[str], most: int = 1) -> str:
     """`layers.0.wq.weight and 11 more`."""
-    return names[0] + (f" and {len(names) - 1:,} more" if len(names) > 1 else "")
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def counted(count: int, one: str, more: str = "") -> str:

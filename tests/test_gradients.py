@@ -129,6 +129,26 @@ def test_nonfinite_counts_as_zero():
     assert same(ps, qs) and a.skipped_steps == 0
 
 
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("size, taken", [(1e19, True), (2.0**64, False), (-3e20, False)])
+def test_an_element_whose_square_is_infinite_spoils_like_a_nan(fused, size, taken):
+    """It would make its block of a second moment in codes NaN. Kills: only what is not finite itself is looked for."""
+    ps, qs = params(), params()
+    skips = shardopt.AdamW(ps, state="int8", nonfinite="skip", fused=fused)
+    zeroes = shardopt.AdamW(qs, state="int8", nonfinite="zero", fused=fused)
+    for optimizer, x in ((skips, ps), (zeroes, qs)):
+        give(x)
+        x[1].grad[3, 2] = size
+        optimizer.step()
+    assert skips.skipped_steps == (0 if taken else 1)
+    assert all(p.isfinite().all() for p in (*ps, *qs))
+    assert float(
+        zeroes.state[qs[1]]["exp_avg_sq.root4_scale"].max()
+        if "exp_avg_sq.root4_scale" in zeroes.state[qs[1]]
+        else zeroes.state[qs[1]]["exp_avg_sq"].max()
+    ) < (1e38 if taken else 1.0)
+
+
 def test_nonfinite_skips_the_whole_step():
     """Nothing changes: no parameter, no state, no step; and it is counted. Kills: a skip of one parameter only."""
     ps, qs = params(dtype=torch.bfloat16), params(dtype=torch.bfloat16)

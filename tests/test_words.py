@@ -6,6 +6,7 @@ from torch import nn
 
 import shardopt
 from shardopt import Recipe, ShardedOptimizer, rules
+from shardopt.addons import ClipByGlobalNorm
 from shardopt.kernels import __main__ as kernels
 from shardopt.plan import __main__ as plan
 from shardopt.spelling import near
@@ -48,6 +49,9 @@ NEAR = {
     "count": (lambda: shardopt.Cautious(count="actve"), "all", "active"),
     "number": (lambda: ShardedOptimizer(one(), Recipe(rules.AdamW()), beta=0.9), "eps", "betas"),
     "optimizer": (lambda: shardopt.build_optimizer(nn.Linear(8, 8), "moun", lr=1.0), "lion", "muon"),
+    "add-on's option": (adamw(addons="clip_by_global_norm(max_nrm=1)"), "max_norm", "max_norm"),
+    "group's option": (lambda: shardopt.Muon([{"params": one(), "splitt": 32}]), "nothing reads", "split"),
+    "group's number": (lambda: shardopt.Muon([{"params": one(), "weight_decy": 0}]), "nothing reads", "weight_decay"),
     "role's option": (
         lambda: shardopt.build_optimizer(nn.Linear(8, 8), lr=1.0, vector_beta=1),
         "nesterov",
@@ -144,7 +148,7 @@ def stepped(lr, later=False):
 def test_rates_that_are_tensors(later):
     """One number, where it can be read. Kills: torch's words about scalars; a look at the type of lr alone."""
     for lr, words in (
-        (torch.tensor([0.1, 0.2]), r"param group 0 has an lr tensor of shape \(2,\); it must hold one number"),
+        (torch.tensor([0.1, 0.2]), r"param group( 0)? has an lr tensor of shape \(2,\); it must hold one number"),
         (torch.empty(0), r"shape \(0,\)"),
         (torch.tensor(0.1, device="meta"), "on meta and parameters on cpu"),
     ):
@@ -162,3 +166,39 @@ def test_a_rate_that_groups_share_is_told():
     shared = shardopt.AdamW([{"params": one()}, {"params": one()}], lr=lr)
     assert "lr 0.5 (one tensor with group 1), weight_decay" in shared.explain()
     assert "one tensor" not in shardopt.AdamW([{"params": one()}, {"params": one()}], lr=0.5).explain()
+
+
+def test_options_of_addons_are_written_as_codecs_are():
+    """Kills: options that are dropped, a comma of an option that parts two add-ons."""
+    text = Recipe(rules.AdamW(), addons="cautious(count='all', floor=0.5), clip_by_global_norm(max_norm=0.5)")
+    objects = Recipe(rules.AdamW(), addons=[shardopt.Cautious(count="all", floor=0.5), ClipByGlobalNorm(max_norm=0.5)])
+    assert text == objects
+
+
+def test_a_group_may_hold_what_its_user_wants():
+    """Kills: every unknown key refused, as torch refuses none."""
+    group = {
+        "params": one(),
+        "name": "body",
+        "lr_scale": 0.1,
+        "initial_lr": 1.0,
+        "max_momentum": 0.9,
+        "base_momentum": 0.8,
+    }
+    assert shardopt.AdamW([group], lr=1e-3).param_groups[0]["lr_scale"] == 0.1
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (adamw(fused="yes"), "fused is 'yes'; it must be None, True or False"),
+        (adamw(betas=0.9), "betas is 0.9; it must have 2 numbers"),
+        (adamw(lr=torch.ones(2)), "an lr tensor of shape \\(2,\\)"),
+        (lambda: shardopt.roles(nn.Linear(8, 8), {"weigh": "matrix"}), "a pattern is of whole names"),
+        (lambda: shardopt.save_checkpoint(nn.Linear(8, 8), None, "folder", step=1), "path is a Linear"),
+    ],
+)
+def test_what_is_of_another_kind_is_refused_with_words(make, words):
+    """Kills: Python's own TypeError from within, and an error in the first step only."""
+    with pytest.raises(ValueError, match=words):
+        make()

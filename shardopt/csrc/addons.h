@@ -14,7 +14,7 @@ struct Unscale : Silent {  // GradScaler's; numbers: grad_scale
 };
 struct ZeroNonfinite : Silent {
   static constexpr int numbers = 0;
-  HD static float apply(float, float g, float, const float*) { return (bits(g) & inf_bits) == inf_bits ? 0.0f : g; }
+  HD static float apply(float, float g, float, const float*) { return wild(g) ? 0.0f : g; }
 };
 struct Maximize : Silent {
   static constexpr int numbers = 0;

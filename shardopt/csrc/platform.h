@@ -198,6 +198,9 @@ HD void look_up(const float* table, const u8* bytes, float* out, int n) {
 // last bits. NaN: 0.
 HD u8 nearest_byte(float x, float even = 0) { return (u8)bits(x + (0x1.8p23f + even)); }
 
+// Not finite, or so large (2^64) that its square is not: a second moment in codes would be NaN. `LARGEST` of item.py.
+HD bool wild(float x) { return (bits(x) & 0x7fffffffu) >= 0x5f800000u; }
+
 HD float copy_sign(float x, float sign) { return from_bits((bits(x) & 0x7fffffffu) | (bits(sign) & 0x80000000u)); }
 HD float clamp(float x, float low, float high) {  // NaN stays NaN, as torch.clamp
   x = x < low ? low : x;

@@ -1,4 +1,4 @@
-// One look at all gradients in front of a step: how many elements are not finite, and the sum of squares in float64.
+// One look at all gradients in front of a step: how many elements are wild, and the sum of squares in float64.
 #pragma once
 #include "write.h"
 
@@ -22,12 +22,11 @@ Found survey(const typename G::T* g, i64 n, float scale, bool zero, bool squares
   double sum[lanes] = {};
   u32 bad[lanes] = {};
   auto look = [&](i64 i, int lane, auto summed) {
-    float x = G::load(g[i]);
-    bool not_finite = (bits(x) & inf_bits) == inf_bits;
-    bad[lane] += not_finite ? 1u : 0u;
+    float x = G::load(g[i]) / scale;
+    const bool spoils = wild(x);
+    bad[lane] += spoils ? 1u : 0u;
     if constexpr (decltype(summed)::value) {
-      x = x / scale;
-      x = zero && not_finite ? 0.0f : x;
+      x = zero && spoils ? 0.0f : x;
       sum[lane] += (double)x * (double)x;
     }
   };

@@ -4,6 +4,7 @@ import json
 import warnings
 from concurrent.futures import Future
 from contextlib import suppress
+from os import PathLike
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -95,6 +96,8 @@ def save_checkpoint(
     the next one first waits. All ranks need to see the same directory; collectives go through a gloo group of their
     own. ValueError for bad arguments, and, here or from `wait()`, where a save failed.
     """
+    if not isinstance(path, (str, PathLike)):
+        raise ValueError(f"path is a {type(path).__name__}; save_checkpoint takes the path, the model, the optimizer")
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise ValueError(f"step is {step!r}; it must be an integer of at least 0, the number of steps done")
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):

@@ -51,6 +51,14 @@ class Costs:
         if strangers := [name for name in self.measured if name not in numbers]:
             raise ValueError(f"Costs(measured={self.measured}): no such field {strangers}; there are {list(numbers)}")
 
+    def words(self) -> str:
+        """What the machine is taken to do, and how that is known."""
+        known = "measured" if self.measured else "given, not measured here"
+        return (
+            f"{self.gemm_flops:.2g} FLOP/s, {self.memory_bandwidth:.3g} B/s of memory, {self.bandwidth_in:.2g} B/s in "
+            f"a node and {self.bandwidth_out:.2g} out of it ({known})"
+        )
+
     def compute(self, flops: float, elements: float, batches: int = 1) -> float:
         """Seconds of products: bound by arithmetic, by memory or by launches."""
         arithmetic, traffic = flops / self.gemm_flops, TRAFFIC * elements / self.memory_bandwidth

@@ -64,12 +64,12 @@ def load_states(
             raise ValueError(
                 f"{names[p]} cannot be loaded while any parameter is on the meta device; call to_empty first"
             )
-        have = dict(saved[key])
+        have, held = dict(saved[key]), sorted(set(saved[key]) - {KEY})
         if STEP not in have:  # torch's SGD and friends count no steps
             have[STEP] = torch.ones(())
         if set(have) - {KEY} != set(want) - {KEY}:
             raise ValueError(
-                f"{names[p]}: the state dict has {sorted(have)}, this optimizer stores {sorted(want)}. Build the "
+                f"{names[p]}: the state dict has {held}, this optimizer stores {sorted(set(want) - {KEY})}. Build the "
                 "optimizer that saved it; where only its codecs are others, shardopt.load_checkpoint transcodes them"
             )
         for name, target in want.items():

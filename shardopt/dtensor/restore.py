@@ -20,7 +20,10 @@ from shardopt.dtensor.saved_groups import SavedGroups
 from shardopt.dtensor.stored import Stored, put
 from shardopt.dtensor.transcode import Job
 from shardopt.recipe import Recipe
+from shardopt.spelling import first_of
 from shardopt.state import KEY, STEP, part_name, part_specs
+
+TOLD = 12  # names of what is in a checkpoint and not here, or of another dtype
 
 
 @dataclass
@@ -242,10 +245,10 @@ def restore(stored: Stored, model: torch.nn.Module, opt: Any, ranks: Channel, ke
 def report(plan: Plan, folder: Path) -> None:
     told = [f"lacks {', '.join(plan.missing)}: left as they are, or started fresh"] if plan.missing else []
     if plan.surplus:
-        told.append(f"holds {', '.join(plan.surplus)}, which this model or optimizer has not: ignored")
+        told.append(f"holds {first_of(plan.surplus, TOLD)}, which this model or optimizer has not: ignored")
     if told:
         warnings.warn(f"{folder} {'; it '.join(told)}", stacklevel=2)
     if plan.others:
         warnings.warn(f"{folder}: {sentence(plan.others)}", stacklevel=2)
     if plan.cast:
-        warnings.warn(f"{folder} has other dtypes, which were converted: {', '.join(plan.cast)}", stacklevel=2)
+        warnings.warn(f"{folder} has other dtypes, which were converted: {first_of(plan.cast, TOLD)}", stacklevel=2)

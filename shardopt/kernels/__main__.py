@@ -31,7 +31,7 @@ VIEWS = ((1 << 20,), (4096, 4096))  # a vector, which keeps fp32 state, and a ma
 
 
 def listing() -> None:
-    """Every kernel of the cache: seconds to compile, registers and spills where a GPU's, bytes, key."""
+    """Every kernel of the cache: its file, seconds to compile, registers and spills where a GPU's, key."""
     print(f"cache: {cache_folder()}")
     for note in sorted(cache_folder().glob("*.json")):
         facts = json.loads(note.read_text())
@@ -39,7 +39,7 @@ def listing() -> None:
         spilled = report.get("spill_stores", 0) + report.get("spill_loads", 0)
         usage = f"{report['registers']:3} registers, {spilled} bytes spilled" if report else "CPU"
         arch = next((o.split("=")[1] for o in facts.get("options", []) if "gpu-architecture" in o), "")
-        print(f"{facts['seconds']:7.3f} s  {usage:30} {arch:7} {facts['key']}")
+        print(f"{note.stem[:12]}  {facts['seconds']:7.3f} s  {usage:30} {arch:7} {facts['key']}")
 
 
 def rule_of(options: argparse.Namespace) -> Rule:
@@ -78,13 +78,11 @@ def build(options: argparse.Namespace) -> None:
     for arch in archs:
         sent: list[Any] = [wire.source_of(codec) for codec in formats if wire.fits(codec, arch == "cpu")]
         for key in keys(options) + sent:
-            if arch == "cpu":
-                cpu.library(key)
-                facts: dict[str, Any] = cpu.entry_of(key).facts()
-            else:
-                cuda.compiled(key, arch, options.fast)
-                facts = cuda.entry_of(key, arch, options.fast).facts()
-            print(f"{arch:7} {facts['seconds']:7.3f} s  {key.words}")
+            entry = cpu.entry_of(key) if arch == "cpu" else cuda.entry_of(key, arch, options.fast)
+            known = entry.path.exists()
+            cpu.library(key) if arch == "cpu" else cuda.compiled(key, arch, options.fast)
+            took = "there already" if known else f"{entry.facts()['seconds']:11.3f} s"
+            print(f"{arch:7} {took:13}  {key.words}")
 
 
 @quiet

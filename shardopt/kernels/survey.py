@@ -1,4 +1,4 @@
-"""What a step must know of all gradients before it begins, in one native call: are they finite, how long are they."""
+"""What a step must know of all gradients before it begins, in one native call: are they tame, how long are they."""
 
 import ctypes
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ class Survey:
         self.asked = [np.array(share.members, dtype=np.int64) for share in asked]
 
     def run(self, addresses: np.ndarray, policy: Any) -> tuple[list[Tensor], Tensor]:
-        """(the sum of squares of every answer, how many elements are not finite): 0-d float64, of this rank."""
+        """(the sum of squares of every answer, how many elements are wild): 0-d float64, of this rank."""
         self.rows[:, DATA] = addresses
         scale = 1.0 if policy.grad_scale is None else float(policy.grad_scale)
         self.function(

@@ -160,7 +160,10 @@ class Coder:
 
 
 def chosen(fused: bool | None) -> Coder | None:
-    """What the optimizer's argument `fused` asks for. Like all kernels, on GPUs only those that were asked for."""
+    """What the optimizer's argument `fused` asks for. Like all kernels, on GPUs only those that were asked for.
+    ValueError where it is neither None, True nor False."""
+    if fused not in (None, True, False):
+        raise ValueError(f"fused is {fused!r}; it must be None, True or False")
     return None if fused is False or OFF else Coder(gpus=fused is True)
 
 

@@ -132,7 +132,7 @@ def check(
 
 
 def check_betas(betas: Any, count: int = 2) -> None:
-    if len(betas) != count:
+    if not isinstance(betas, (tuple, list)) or len(betas) != count:
         raise ValueError(f"betas is {betas!r}; it must have {count} numbers")
     for i, beta in enumerate(betas):
         check(f"betas[{i}]", beta, 0.0, 1.0, open_high=True)
