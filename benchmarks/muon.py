@@ -32,6 +32,7 @@ SIZES = {  # width, hidden, layers: seven matrices a layer
     "100m": (768, 2048, 12),
     "1b": (2048, 5504, 20),
 }
+IN_BF16 = "newton_schulz(dtype='bf16')"
 WIRES = ("exact", "bf16", "int8", "int8+int4")
 
 
@@ -49,10 +50,11 @@ def contenders(ranks: int) -> dict[str, Callable[[list[nn.Parameter]], Any]]:
     if ranks == 1:
         for name in ("quintic", "polar_express", "gram"):
             made[f"shardopt {name}"] = ours(orthogonalizer=name)
-        made["shardopt quintic, bf16"] = ours(orthogonalizer="newton_schulz(dtype='bf16')")
+        made["shardopt quintic, bf16"] = ours(orthogonalizer=IN_BF16)
         return made
     for wire in WIRES:
         made[f"shardopt {wire}"] = ours(wire=wire)
+    made["shardopt int8, bf16"] = ours(orthogonalizer=IN_BF16)  # as the others iterate
     made["shardopt local"] = ours(mode="local")
     made["shardopt auto"] = ours(mode="auto", orthogonalizer="minimax")
     return made
