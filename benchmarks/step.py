@@ -245,7 +245,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 axes.barh(y, found[contender], color="tab:blue" if contender.startswith("shardopt") else "silver")
                 axes.text(found[contender], y, f" {found[contender]:.2f}", va="center", fontsize=8)
         axes.set_xscale("log")
-        axes.set_xlim(0.02, 20 * max(found.values()))
+        axes.set_xlim(min(0.02, min(found.values()) / 2), 20 * max(found.values()))
         axes.axvline(1, color="gray", linewidth=0.8)
         axes.set_yticks(range(len(who)), who)
         axes.set_title(TITLES.get(name, name))
