@@ -46,11 +46,16 @@ class Checkpoints:
         self.saved = int(extra["step"])
         return self.saved
 
+    @property
+    def folder(self) -> Path:
+        """Of what was saved or loaded last."""
+        return self.path / f"step_{self.saved:08d}"
+
     def told(self) -> str:
         """For people: from where the run goes on, or that it cannot."""
         if self.saved < 0:
             return f"no complete checkpoint in {self.path}: this run begins anew"
-        return f"going on from {self.path / f'step_{self.saved:08d}'}"
+        return f"going on from {self.folder}"
 
     def due(self, step: int) -> bool:
         """Whether to save after this update: in every period, and once soon, so that an early kill costs little."""

@@ -107,11 +107,8 @@ def run(config: Config, stop: StopFlag) -> None:
     if done:
         finish(model, optimizer, (config, corpus, place), checkpoints.size(), log)
     else:
-        where = checkpoints.path / f"step_{checkpoints.saved:08d}"
-        say(
-            place,
-            f"stopped by a signal after step {checkpoints.saved}: saved in {where}, the same command goes on there",
-        )
+        step, folder = checkpoints.saved, checkpoints.folder
+        say(place, f"stopped by a signal after step {step}: saved in {folder}, the same command goes on there")
     log.close()
     mesh.stop()
 

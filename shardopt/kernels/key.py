@@ -17,14 +17,13 @@ from shardopt.kernels.twins import (
     FACTORED,
     MEMORY,
     RULES,
-    TABLES,
     WHOLE,
     NoTwin,
     Round,
     Twin,
     codec_twin,
     sums_rows,
-    table_source,
+    tables_source,
 )
 from shardopt.recipe import Recipe
 
@@ -77,12 +76,11 @@ class Key:
 
     def source(self, backend: str) -> str:
         """The translation unit: `backend` is cpu, cuda or emulated."""
-        tables = "".join(table_source(name) for name in TABLES if f", {name}>" in self.cpp)
         macro = f"SHARDOPT_{backend.upper()}"
         kernels = [f"{macro}(shardopt::Key)\n"]
         if backend != "cpu":
             kernels = [f"{macro}({name}, shardopt::{of})\n" for name, of in self.kernels.items()]
-        head = f'#include "{backend}.h"\nnamespace shardopt {{\n{tables}using Key = {self.cpp};\n}}\n'
+        head = f'#include "{backend}.h"\nnamespace shardopt {{\n{tables_source(self.cpp)}using Key = {self.cpp};\n}}\n'
         return head + "".join(kernels)
 
     @property

@@ -202,6 +202,11 @@ def table_name(codec: codecs.Codec) -> str:
 TABLES = {"Dynamic4": (4, True), "Dynamic8Signed": (8, True), "Dynamic8": (8, False)}
 
 
+def tables_source(cpp: str) -> str:
+    """The dynamic maps that a C++ type names, as structs."""
+    return "".join(table_source(name) for name in TABLES if f", {name}>" in cpp)
+
+
 def table_source(name: str) -> str:
     """A dynamic map as a C++ struct, from the codec's own table."""
     entries, midpoints = (t.tolist() for t in table(*TABLES[name], torch.device("cpu")))

@@ -13,13 +13,12 @@ from shardopt.codecs import Codec, Geometry
 from shardopt.codecs.packed import Packed
 from shardopt.kernels import cpu, cuda
 from shardopt.kernels.cache import NoCompiler
-from shardopt.kernels.launcher import WARPS, Driver
+from shardopt.kernels.launcher import CTAS, WARPS, Driver
 from shardopt.kernels.native import OFF, say
-from shardopt.kernels.twins import TABLES, NoTwin, codec_twin, table_source
+from shardopt.kernels.twins import NoTwin, codec_twin, tables_source
 
 Parts = dict[str, Tensor]
 WIDE, LANE = 256, 8  # columns that a warp and a lane take, see csrc/wire_warp.h
-CTAS = 16  # a processor
 
 
 @dataclass(frozen=True)
@@ -37,13 +36,12 @@ class Source:
 
     def source(self, backend: str) -> str:
         """The translation unit: `backend` is cpu, cuda or emulated."""
-        tables = "".join(table_source(name) for name in TABLES if f", {name}>" in self.cpp)
         headers = ["wire"] if backend == "cpu" else [backend, "wire_warp"]
         macro = f"SHARDOPT_{backend.upper()}_TOLD"
         ends = [f"{macro}({name}, shardopt::Message, shardopt::{of})\n" for name, of in self.kernels.items()]
         return (
             "".join(f'#include "{header}.h"\n' for header in headers)
-            + f"namespace shardopt {{\n{tables}using Codec = {self.cpp};\n}}\n"
+            + f"namespace shardopt {{\n{tables_source(self.cpp)}using Codec = {self.cpp};\n}}\n"
             + ("SHARDOPT_WIRE(shardopt::Codec)\n" if backend == "cpu" else "".join(ends))
         )
 
@@ -78,7 +76,7 @@ class OnCpu:
 
 
 class OnGpu:
-    """The same as kernels. moved, packed: bytes of 8 codes, and codes a byte."""
+    """The same as kernels. bytes: of an entry of the codes; columns: that share one."""
 
     step = LANE
 
