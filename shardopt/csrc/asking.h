@@ -14,12 +14,13 @@
 namespace shardopt {
 
 // So many sums over the parameter; sums of every row; of every column, which come with rows, the sums of each matrix
-// of a stack, and the sums of the stored rows; or no sums but the elements themselves. Rows are asked one mean, rows and
-// columns four.
+// of a stack, and the sums of the stored rows; or no sums but the elements themselves, or the extremes of blocks. Rows are
+// asked one mean, rows and columns four.
 struct Wants {
   int sums = 0;
   bool rows = false, cols = false, elements = false;
-  HD constexpr int asks() const { return cols ? 4 : rows || elements ? 1 : sums; }
+  int extremes = 0;  // of every block of a slot the largest, or that and the smallest positive value
+  HD constexpr int asks() const { return cols ? 4 : rows || elements ? 1 : sums + extremes; }
   HD constexpr int values() const { return rows || cols || elements ? 1 : sums; }  // an element's contributions
 };
 

@@ -43,7 +43,7 @@ HD void Member<K, E, LANES, TILES>::chunk_of(const Span& s, const typename K::Sc
   const u32 first = (u32)(s.col0 + column);
   const u32 near[slots + 1] = {noise_from(draw.key[0], first), noise_from(draw.key[I + 1], first)...};
   auto noise_of = [&](int stream, int e) {
-    return in_blocks ? noise_near(near[stream], (u32)e) : noise_at(draw.key[stream], first + e);
+    return in_blocks && (FULL || !K::extremes) ? noise_near(near[stream], (u32)e) : noise_at(draw.key[stream], first + e);
   };
   u32 high[slots + 1] = {}, low[slots + 1];
   ((low[I] = inf_bits - 1), ...);  // less 1, which makes a 0 the largest of all
@@ -89,7 +89,7 @@ HD void Member<K, E, LANES, TILES>::chunk_of(const Span& s, const typename K::Sc
           constexpr int S = decltype(i)::value;
           if constexpr (C<S>::block > 0) {
             u32 magnitude = C<S>::is_signed || in_registers ? bits(fresh[S]) & 0x7fffffffu : bits(fresh[S]);  // or a NaN's
-            if (!in_registers || e < n) {
+            if ((!in_registers || e < n) && !(C<S>::across && writes<Sink>)) {
               high[S] = larger(high[S], magnitude);
               if constexpr (C<S>::least) low[S] = smaller(low[S], magnitude - 1);
             }
@@ -116,7 +116,9 @@ HD void Member<K, E, LANES, TILES>::chunk_of(const Span& s, const typename K::Sc
   each(
       [&](auto i) {
         constexpr int S = decltype(i)::value;
-        if constexpr (C<S>::block > 0)
+        if constexpr (C<S>::across && writes<Sink>)
+          answered<S>(s, h, row, column, c);
+        else if constexpr (C<S>::block > 0)
           most[S][c] = high[S] & 0x7fffffffu, fewest[S][c] = low[S] + 1;
         else if constexpr (writes<Sink> && S != K::factored)
           pick<S>(codes).store(codes_at<S>(s, row, column), n, wide);
@@ -130,7 +132,7 @@ HD void Member<K, E, LANES, TILES>::encode(const Span& s, const typename K::RowN
                                            int first, int c, bool aligned, const Encoder& encoder) {
   auto* to = codes_at<I>(s, row, column + first);
   const int count = n - first < E ? n - first : E;
-  const u32 near = noise_from(noise.key[I + 1], (u32)(s.col0 + column + first));
+  const u32 key = noise.key[I + 1], at = (u32)(s.col0 + column + first), near = noise_from(key, at);
   const bool wide = aligned && count == E;
   auto put = [&](auto full) {
     constexpr bool FULL = decltype(full)::value;
@@ -142,7 +144,7 @@ HD void Member<K, E, LANES, TILES>::encode(const Span& s, const typename K::RowN
       drawing(differences[I], near, one);
     else
       ELEMENTS for (int i = 0; i < (FULL || in_registers ? E : count); i++)
-        one(i, C<I>::stream != 0 ? noise_near(near, (u32)i) : 0);
+        one(i, C<I>::stream == 0 ? 0 : FULL || !K::extremes ? noise_near(near, (u32)i) : noise_at(key, at + (u32)i));
     codes.store(to, count, wide);
   };
   if (!in_registers && count == E)

@@ -16,7 +16,8 @@ namespace shardopt {
 
 struct Plain {
   static constexpr int block = 0, packed = 1, numbers = 0;
-  static constexpr bool least = false;  // whether the smallest positive value of a block is needed
+  static constexpr bool least = false;   // whether the smallest positive value of a block is needed
+  static constexpr bool across = false;  // whether blocks lie on several ranks: see `Across`
 };
 
 struct Fp32 : Plain {
@@ -24,6 +25,13 @@ struct Fp32 : Plain {
   static constexpr u32 stream = 0;
   HD static float decode(float x) { return x; }
   HD static float encode(float x, u32) { return x; }
+};
+
+// A format in blocks, some of which lie on several ranks: their extremes are asked, and every rank holds the numbers of
+// all blocks of a row.
+template <class C>
+struct Across : C {
+  static constexpr bool across = true;
 };
 
 template <class Float, bool SIGNED, bool STOCHASTIC, u32 STREAM>
@@ -47,7 +55,7 @@ template <int BLOCK, bool SIGNED>
 struct Absmax {
   static constexpr int block = BLOCK, packed = 1, numbers = 1;
   static constexpr bool is_signed = SIGNED;
-  static constexpr bool least = false;
+  static constexpr bool least = false, across = false;
   static constexpr u32 stream = 0;
   struct Scale {
     float scale;

@@ -48,6 +48,8 @@ struct Asked {
   i64 gathered;
   const Settle* settles;
   i64 settled;
+  const Close* closes;
+  i64 closed;
   Answers of(const Place& place) const { return answers + place.parameter * K::asks; }
 };
 
@@ -172,7 +174,7 @@ struct Thread {
     const auto h = K::template informed<PASS>(s, place, n, t, a.of(place));
     const auto noise = K::noise(s.key, (i64)t);
     constexpr Wants wants = K::wants(PASS);
-    Adding<K, PASS> sink;
+    typename At<wants.extremes == 0, Writing<PASS, true>, Adding<K, PASS>>::type sink;
     Member member;
     double whole = 0;  // of the rows
     if constexpr (wants.cols) {
@@ -186,12 +188,14 @@ struct Thread {
       for (i64 column = left; column < right; column += width) {
         bool more = column + width < right;
         ahead<PASS>(s, more ? row : row + 1, more ? column + width : left);
-        one(member, s, entered, drawn, sink, row, column, right - column < width ? right - column : width);
+        const int n = (int)(right - column < width ? right - column : width);
+        one(member, s, entered, drawn, sink, row, column, n);
+        if constexpr (wants.extremes > 0) agree(member), member.offer(s, entered, row, column, n, 0);
       }
       if constexpr (wants.rows) whole += a.scratch[place.rows0 + beside * s.rows + row] = sink.taken(0);
     }
     if constexpr (wants.cols) a.scratch[index] = whole;
-    if constexpr (!wants.rows && !wants.elements)
+    if constexpr (wants.sums > 0)
       for (int k = 0; k < Adding<K, PASS>::values; k++) a.scratch[index * Adding<K, PASS>::values + k] = sink.taken(k);
   }
 };
@@ -213,6 +217,12 @@ void settle(const Settle& a, const double* numbers, i64 stride) {
 }
 
 template <class K>
+void close(const Close& a, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && a.count > few)
+  for (i64 i = 0; i < a.count; i++) K::close(a, i);
+}
+
+template <class K>
 void run_all(const void* spans, i64 count, i64 tiles, const double* numbers, i64 stride, float* const* steps,
              i64 n_steps, int threads, const Asked<K>* asked = nullptr) {
   const i64 fair = tiles / (threads * turns) * K::tile, wanted = fair < few ? few : fair > many ? many : fair;
@@ -226,6 +236,8 @@ void run_all(const void* spans, i64 count, i64 tiles, const double* numbers, i64
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && pieces > 1)
     for (i64 i = 0; i < asked->settled; i++) settle<K>(asked->settles[i], numbers, stride);
   }
+  if constexpr (K::extremes > 0)
+    for (i64 i = 0; i < asked->closed; i++) close<K>(asked->closes[i], threads);
   for (i64 i = 0; i < n_steps; i++) *steps[i] += 1;  // only now: every thread has read its own
 }
 

@@ -1,6 +1,6 @@
 // The GPU's side: warps as teams. Compiled by NVRTC, without any header but these.
 #pragma once
-#include "passes.h"
+#include "settling.h"
 
 namespace shardopt {
 

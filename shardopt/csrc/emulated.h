@@ -18,7 +18,7 @@ struct alignas(BYTES) Moved {
 using uint4 = Moved<16>;
 using uint2 = Moved<8>;
 using uint1 = Moved<4>;
-#include "passes.h"
+#include "settling.h"
 
 namespace shardopt {
 

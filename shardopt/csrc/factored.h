@@ -10,7 +10,7 @@ namespace shardopt {
 struct Factored {
   using Code = float;  // parts: row, col
   static constexpr int block = 0, packed = 1, numbers = 1, rounds = 1;
-  static constexpr bool least = false;
+  static constexpr bool least = false, across = false;
   static constexpr u32 stream = 0;
   HD static constexpr Wants wants(int) { return {0, true, true}; }
   enum { ROWS, COLS, MEAN, OLD_MEAN };  // what is answered; means of a stack are float32, one a matrix

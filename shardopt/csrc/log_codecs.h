@@ -34,7 +34,7 @@ struct Quick {  // in fixed point; `gain` lifts a block of tiny values off the s
 template <int BLOCK, int LEVELS, bool STOCHASTIC, u32 STREAM>
 struct Log {
   static constexpr int block = BLOCK, numbers = 2;
-  static constexpr bool is_signed = false, least = true, precise = LEVELS > 255;
+  static constexpr bool is_signed = false, least = true, across = false, precise = LEVELS > 255;
   static constexpr u32 stream = STOCHASTIC ? STREAM : 0;
   struct Scale {
     double lo, step;  // octaves

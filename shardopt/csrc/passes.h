@@ -34,8 +34,8 @@ struct Placed : K::Span {
 template <class K, int PASS>
 struct Adder : Lane<K> {
   static constexpr int pass = PASS, chunks = Lane<K>::chunks;
-  static constexpr bool previews = false;
   static constexpr Wants wants = K::wants(PASS);
+  static constexpr bool previews = wants.extremes > 0;  // which are all that is learnt
   static constexpr int values = wants.values();
   double sums[values + 1] = {};  // of rows: of the row, in all lanes once it is ended, and of all before
   double columns[wants.cols ? chunks : 1][8] = {};
@@ -160,6 +160,10 @@ struct Pass {
         agree<K>(team);
         team.lanes([&](auto& m, int lane) { m.finish(s, drawn, row, column, n, lane, known.aligned); });
       }
+      if constexpr (wants.extremes > 0) {
+        agree<K>(team);
+        team.lanes([&](auto& m, int lane) { m.offer(s, h, row, column, n, lane); });
+      }
       rest--, column += K::tile;
       if (column >= mine.right) {
         if constexpr (wants.rows) end(team, scratch + s.place.rows0 + mine.left / s.place.wide * s.rows + row);
@@ -243,32 +247,6 @@ struct Gathering {
           if (warp == warps - 1 && (few ? lane == 0 : first + lane < g.count))
             g.out[few ? first : first + lane] = cta.shared.sums[lane];
         });
-      });
-    });
-  }
-};
-
-// The recurrences of factored slots: 1024 rows or columns a CTA.
-template <class K>
-struct Settling {
-  struct Member {};
-  struct Shared {
-    float decay;
-  };
-  template <class Cta>
-  HD static void run(Cta& cta, const Packed& a, i64 block) {
-    if (skipped(a.taken)) return;
-    block += told(a).first;
-    const Settle& s = row_of<Settle>(a, block);
-    cta.once([&] {
-      Numbers<K> numbers(a, s.group);
-      cta.shared.decay = (float)K::Rule::decay(numbers.n, (double)*s.step + 1);
-    });
-    cta.warps([&](int warp, auto& team) {
-      team.lanes([&](auto&, int lane) {
-        const i64 first = (block - s.tile0) * 1024, last = first + 1024 < s.count ? first + 1024 : s.count;
-        for (i64 i = first + warp * 32 + lane; i < last; i += warps * 32)
-          s.part[i] = Factored::moved(s.part, s.means, cta.shared.decay, i);
       });
     });
   }

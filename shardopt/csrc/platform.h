@@ -37,6 +37,9 @@ constexpr float least = 0x1p-149f;  // the smallest positive float32
 constexpr u32 inf_bits = 0x7f800000u;
 
 #ifdef __CUDACC_RTC__
+// Of a number that several teams have something to say to: the order in which they do makes no difference.
+HD void raise(u32* at, u32 x) { atomicMax(at, x); }
+HD void lower(u32* at, u32 x) { atomicMin(at, x); }
 constexpr bool early_roots = false;  // see below: here it would need registers
 HD u32 bits(float x) { return __float_as_uint(x); }
 HD float from_bits(u32 x) { return __uint_as_float(x); }
@@ -115,6 +118,16 @@ constexpr bool widens = false;
 HD float multiply_add(float a, float b, float c) { return a * b + c; }
 HD float decayed(bool acts, float p, float decay, float lr, float delta) {
   return acts ? delta + p * decay * lr : delta;
+}
+HD void replace(u32* at, u32 x, bool (*better)(u32, u32)) {
+  u32 now = __atomic_load_n(at, __ATOMIC_RELAXED);
+  while (better(x, now) && !__atomic_compare_exchange_n(at, &now, x, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) continue;
+}
+HD void raise(u32* at, u32 x) {
+  replace(at, x, [](u32 a, u32 b) { return a > b; });
+}
+HD void lower(u32* at, u32 x) {
+  replace(at, x, [](u32 a, u32 b) { return a < b; });
 }
 constexpr bool early_roots = true;  // a root that only a code needs is taken with the step, where it hides
 HD float over(float a, float b) { return a / b; }

@@ -6,12 +6,14 @@
 #include "log_codecs.h"
 #include "muon.h"
 #include "rules.h"
+#include "slots.h"
 #include "write.h"
 
 namespace shardopt {
 
-// One run of rows x one run of columns of one parameter's local view. Pointers are to its first element; `ld` counts
-// the elements of a whole local row. Made by shardopt/kernels/spans.py: every field is 8 bytes.
+// One run of rows x one run of columns of one parameter's local view. Pointers are to its first element, and to the
+// first number of its first row where all ranks hold the numbers of all blocks. Made by shardopt/kernels/spans.py: every
+// field is 8 bytes.
 template <int PARTS>
 struct Span {
   void* p;
@@ -19,7 +21,8 @@ struct Span {
   const float* step;  // steps taken so far
   const i64* key;     // of the noise; null where none is drawn
   i64 group;          // whose numbers
-  i64 rows, cols, row0, col0, ld;
+  i64 rows, cols, row0, col0;
+  i64 ld, width;  // elements of a whole row: of the local ones, of the global ones
   i64 tile0;  // tiles of all spans before this one
   void* part[PARTS > 0 ? PARTS : 1];
 };
@@ -53,6 +56,14 @@ struct Settle {
   i64 tile0;
 };
 
+// The numbers of blocks that lie on several ranks, once nobody needs the old ones.
+struct Close {
+  float* part[2];
+  const u32* asked[2];  // `Step::Extremes`
+  i64 slot, count;
+  i64 tile0;
+};
+
 // The last row that begins at or before a tile, a piece, a CTA.
 template <class Span>
 HD i64 span_of(const Span* spans, i64 count, i64 tile) {
@@ -63,47 +74,6 @@ HD i64 span_of(const Span* spans, i64 count, i64 tile) {
   }
   return at;
 }
-
-template <class... C>
-struct Slots {
-  static constexpr int count = sizeof...(C);
-  template <int I>
-  using at = typename At<I, C..., void>::type;
-  static constexpr int parts = (0 + ... + (1 + C::numbers));
-
-  static constexpr bool tabled() { return (false || ... || (C::packed == 2)); }
-  static constexpr int widest() {
-    int most = 0;
-    ((most = C::block > most ? C::block : most), ...);
-    return most;
-  }
-  static constexpr int narrowest() {  // of those that have blocks, at most 256
-    int fewest = 256;
-    ((fewest = C::block > 0 && C::block < fewest ? C::block : fewest), ...);
-    return fewest;
-  }
-  static constexpr int blocked() { return (0 + ... + (C::block > 0)); }
-  static constexpr int factored() {  // the slot that is, or -1
-    int i = 0, found = -1;
-    ((found = IsFactored<C>::value ? i : found, i++), ...);
-    return found;
-  }
-  static constexpr int part_of(int slot) {  // where its parts begin
-    int counts[] = {(1 + C::numbers)..., 0}, first = 0;
-    for (int i = 0; i < slot; i++) first += counts[i];
-    return first;
-  }
-};
-
-struct Nothing {};
-template <bool YES, class T>
-struct Only {
-  using type = T;
-};
-template <class T>
-struct Only<false, T> {
-  using type = Nothing;
-};
 
 // STORED: the step uses what will be read back, not what will be stored.
 template <class P_, class G_, class Rule_, class Slots_, class Gradient_, class Direction_, class Decay_, class Write_,
@@ -123,15 +93,17 @@ struct Step {
   static constexpr int numbers = Rule::numbers + Gradient::numbers + Direction::numbers + Decay::numbers;
 
   // Rounds of asks: those of the gradient's add-ons, of the whole matrix, of the factored slot, of the rule, of the
-  // direction's add-ons.
+  // direction's add-ons, of the blocks that lie on several ranks.
   static constexpr int factored = Slots::factored(), factors = factored >= 0 ? 1 : 0;
   static constexpr int from_answer = Gradient::rounds, from_slot = from_answer + Rule::answered;
   static constexpr int from_rule = from_slot + factors;
-  static constexpr int from_direction = from_rule + Rule::rounds, rounds = from_direction + Direction::rounds;
+  static constexpr int from_direction = from_rule + Rule::rounds;
+  static constexpr int from_extremes = from_direction + Direction::rounds, extremes = Slots::asks_before(slots);
+  static constexpr int rounds = from_extremes + (extremes > 0);
   static constexpr int answer_asks = Gradient::asks, slot_asks = answer_asks + Rule::answered;
   static constexpr int rule_asks = slot_asks + 4 * factors;
   static constexpr int direction_asks = rule_asks + asks_of<Rule>(Rule::rounds);
-  static constexpr int asks = direction_asks + Direction::asks;
+  static constexpr int extreme_asks = direction_asks + Direction::asks, asks = extreme_asks + extremes;
   static constexpr bool stored = STORED;
   static constexpr bool by_row = factors || Gradient::by_row || Rule::answered;
   static constexpr bool held(int pass) { return factors && pass > from_slot; }  // whether the slot's factors are known
@@ -142,14 +114,25 @@ struct Step {
            : round < from_slot      ? Wants{0, false, false, true}
            : round < from_rule      ? Factored::wants(0)
            : round < from_direction ? Rule::wants(round - from_rule)
-                                    : Direction::wants(round - from_direction);
+           : round < from_extremes  ? Direction::wants(round - from_direction)
+                                    : Wants{0, false, false, false, round < rounds ? extremes : 0};
   }
 
   static constexpr bool weighs(int pass) {  // whether p is read in a pass that only reads
     return Gradient::weighs(pass) || (Rule::weighs && pass == from_rule);
   }
 
+  template <class C>
+  HD static i64 blocks_of(i64 columns) {  // of a row
+    return (columns + C::block - 1) / C::block;
+  }
   HD static i64 across(const Span& s) { return (s.cols + tile - 1) / tile; }  // tiles of a row
+
+  // What is asked of blocks that lie on several ranks, ask by ask, and then answered: bits of the largest magnitude, or of
+  // minus the smallest positive value; a row of numbers for every row, from the span's first row on.
+  struct Extremes {
+    u32* of[extremes + 1];
+  };
 
   // What is the same for all elements of a parameter in a step; `n`: numbers of the rule, then of every add-on.
   struct Scalars {
@@ -157,6 +140,7 @@ struct Step {
     float lr, gradient[Gradient::floats + 1], direction[Direction::floats + 1], decay[Decay::floats + 1];
     typename Only<Rule::answered, const float*>::type answer;  // of the row, from the span's first column on
     typename Only<factors != 0, Factored::Line>::type line;
+    typename Only<(extremes > 0), Extremes>::type blocks;
   };
   HD static Scalars derive(const double* n, double t) {
     Scalars h;
@@ -189,6 +173,14 @@ struct Step {
       h.line.decay = (float)decay;
       h.line.mean = Factored::mean(a, decay, Rule::floor(n), place.matrix);
     }
+    if constexpr (extremes > 0 && PASS >= from_extremes)
+      each<slots>([&](auto i) {
+        using C = typename Slots::template at<decltype(i)::value>;
+        constexpr int first = Slots::asks_before(decltype(i)::value);
+        if constexpr (C::across)
+          UNROLL for (int k = first; k <= first + C::least; k++)
+            h.blocks.of[k] = (u32*)answers[extreme_asks + k] + place.line * blocks_of<C>(s.width);
+      });
     return h;
   }
 
@@ -232,6 +224,19 @@ struct Step {
     if constexpr (PASS >= from_direction)
       u = Direction::template apply<PASS - from_direction, true>(p, g, u, h.direction, want, s);
     return u;
+  }
+
+  // The numbers of a block that lies on several ranks.
+  HD static void close(const Close& a, i64 at) {
+    each<slots>([&](auto i) {
+      using C = typename Slots::template at<decltype(i)::value>;
+      if constexpr (C::across) {
+        if (a.slot != decltype(i)::value) return;
+        float numbers[2];
+        C::close(a.asked[0][at] & 0x7fffffffu, C::least ? a.asked[1][at] & 0x7fffffffu : inf_bits, numbers);
+        UNROLL for (int k = 0; k < C::numbers; k++) a.part[k][at] = numbers[k];
+      }
+    });
   }
 
   // Noise of every stream: of the parameter, then of every slot.

@@ -50,9 +50,13 @@ struct Member {
     return (typename C<I>::Code*)s.part[K::Slots::part_of(I)] + row * ld + (per == 2 ? column / 2 : column);
   }
   template <int I>
+  HD static i64 block_at(const Span& s, i64 row, i64 column) {  // among a slot's numbers
+    constexpr bool all = C<I>::across;
+    return row * K::template blocks_of<C<I>>(all ? s.width : s.ld) + (all ? s.col0 + column : column) / C<I>::block;
+  }
+  template <int I>
   HD static float* number_at(const Span& s, i64 row, i64 column, int which) {
-    constexpr int block = C<I>::block;
-    return (float*)s.part[K::Slots::part_of(I) + 1 + which] + row * ((s.ld + block - 1) / block) + column / block;
+    return (float*)s.part[K::Slots::part_of(I) + 1 + which] + block_at<I>(s, row, column);
   }
 
   template <class Sink>
@@ -123,12 +127,37 @@ struct Member {
     }
   }
 
-  // The encoder of a block whose first element is the tile's `first`. The member that holds it stores its numbers.
+  // Of blocks that lie on several ranks: what the parts of a block come to, put where all of a row's are asked; and what
+  // was answered. The team has agreed on the blocks of its tile.
+  HD void offer(const Span& s, const typename K::Scalars& h, i64 row, i64 column, int n, int lane) const {
+    each<slots>([&](auto i) {
+      constexpr int I = decltype(i)::value, ask = K::Slots::asks_before(I);
+      if constexpr (C<I>::across) {
+        ELEMENTS for (int c = 0; c < chunks; c++) {
+          const int first = (c * LANES + lane) * E;
+          if (first >= n || first % C<I>::block != 0) continue;
+          const i64 at = block_at<I>(s, row, column + first);
+          raise(h.blocks.of[ask] + at, most[I][c]);
+          if constexpr (C<I>::least) lower(h.blocks.of[ask + 1] + at, fewest[I][c] | 0x80000000u);
+        }
+      }
+    });
+  }
+  template <int I>
+  HD void answered(const Span& s, const typename K::Scalars& h, i64 row, i64 column, int c) {
+    constexpr int ask = K::Slots::asks_before(I);
+    const i64 at = block_at<I>(s, row, column);
+    most[I][c] = h.blocks.of[ask][at] & 0x7fffffffu;
+    if constexpr (C<I>::least) fewest[I][c] = h.blocks.of[ask + 1][at] & 0x7fffffffu;
+  }
+
+  // The encoder of a block whose first element is the tile's `first`. The member that holds it stores its numbers, unless
+  // others may not have read the old ones.
   template <int I>
   HD static auto closed(const Span& s, i64 row, i64 column, int first, int n, u32 most, u32 fewest) {
     float stored[2];
     auto encoder = C<I>::close(most, fewest, stored);
-    if (first < n && first % C<I>::block == 0)
+    if (!C<I>::across && first < n && first % C<I>::block == 0)
       each<C<I>::numbers>([&](auto w) {
         *number_at<I>(s, row, column + first, decltype(w)::value) = stored[decltype(w)::value];
       });

@@ -16,7 +16,7 @@ from torch import Tensor
 from shardopt.asks import Ask, Max, Mean, Total, Whole
 from shardopt.dtensor.gram import Gram, Local
 from shardopt.dtensor.layout import Layout
-from shardopt.dtensor.messages import dims_over, messages_of
+from shardopt.dtensor.messages import dims_over, messages_of, ordered, unordered
 from shardopt.dtensor.plan import Plan
 from shardopt.dtensor.plan import plan as plan_matrices
 from shardopt.dtensor.reserve import Reserve
@@ -180,13 +180,3 @@ def answer(layout: Layout, ask: Any, value: Tensor) -> Tensor:
     if isinstance(ask, Max):
         return unordered(value)
     return value if value.ndim == 0 else value.float()
-
-
-def ordered(x: Tensor) -> Tensor:
-    """float32 as int32 that compare alike, NaN above all: the maxima of gloo and nccl may lose a NaN."""
-    bits = torch.where(x.isnan(), torch.nan, x.float()).view(torch.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-def unordered(bits: Tensor) -> Tensor:
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)

@@ -1,9 +1,11 @@
-"""Which messages a round of asks takes: of which mesh axis, reduced how, and of whom."""
+"""Which messages a round of asks takes: of which mesh axis, reduced how, and of whom; and how maxima travel."""
 
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from shardopt.asks import EVERYWHERE, Ask, Max, Mean, Sum, Total
 from shardopt.dtensor.gram import Gram, Local
@@ -48,3 +50,13 @@ def dims_over(layout: Layout, ask: Sum | Mean | Max) -> tuple[int, ...]:
         return tuple(range(ndim))
     dims = (over,) if isinstance(over, int) else over
     return tuple(dim % ndim for dim in dims)
+
+
+def ordered(x: Tensor) -> Tensor:
+    """float32 as int32 that compare alike, NaN above all: the maxima of gloo and nccl may lose a NaN."""
+    bits = torch.where(x.isnan(), torch.nan, x.float()).view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def unordered(bits: Tensor) -> Tensor:
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)

@@ -1,4 +1,4 @@
-"""A round of sums that is asked in every step alike: answered for all parameters at once, not for one after another."""
+"""A round that is asked in every step alike: answered for all parameters at once, not for one after another."""
 
 from collections.abc import Sequence
 from math import prod
@@ -8,44 +8,86 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shardopt.asks import Ask, Mean, Sum
+from shardopt.asks import Ask, Max, Mean, Sum
 from shardopt.dtensor.layout import Layout
-from shardopt.dtensor.messages import dims_over, messages_of
+from shardopt.dtensor.messages import dims_over, messages_of, ordered, unordered
+
+
+class Held:
+    """What asks of one kind hold, end to end, in the order in which they are asked.
+
+    xs: views of `flats`, 1-d tensors of one dtype and device.
+    """
+
+    def __init__(self, xs: Sequence[Tensor], flats: Sequence[Tensor]) -> None:
+        self.flats = [flat for flat in flats if flat.numel()]
+        self.sizes = [x.numel() for x in xs]
+        self.begins = (np.cumsum(self.sizes) - self.sizes).astype(np.int64).tolist()
+        self.device = flats[0].device
+        bases = np.cumsum([0, *(flat.numel() for flat in self.flats)]).tolist()
+        base_of = {flat.untyped_storage().data_ptr(): base for flat, base in zip(self.flats, bases)}
+        places = [base_of[x.untyped_storage().data_ptr()] + x.storage_offset() if x.numel() else 0 for x in xs]
+        self.taken = indices(places, self.sizes).to(self.device)
+
+    @property
+    def count(self) -> int:
+        return len(self.taken)
+
+    def take(self) -> Tensor:
+        """What the flat tensors hold now."""
+        return torch.cat(self.flats).index_select(0, self.taken)
+
+    def of(self, members: Sequence[int]) -> Tensor:
+        """Where these asks are in it."""
+        return indices([self.begins[i] for i in members], [self.sizes[i] for i in members]).to(self.device)
+
+    def pointers(self, answers: Tensor) -> list[int]:
+        """Where the answer to each begins, if they lie like this."""
+        return [answers.data_ptr() + answers.element_size() * begin for begin in self.begins]
 
 
 class Standing:
     """`Round` for what never changes but in its numbers; the same messages and the same bits.
 
-    asked: `Sum` and `Mean` with `dim=()`, whose x are views of `flats`, 1-d float64 tensors of one device.
-    pointers: where every answer lies once the round is finished, float64 where it is 0-d, else float32.
+    asked: `Sum` and `Mean` with `dim=()`, whose x are views of the `flats` that are float64, and `Max`, of the float32
+    ones; flats are 1-d tensors of one device. pointers: where every answer lies once the round is finished, float64
+    where it is a 0-d sum, else float32.
     """
 
     def __init__(self, counter: Any, asked: Sequence[tuple[Layout, Ask]], flats: Sequence[Tensor]) -> None:
-        assert all(isinstance(ask, Sum | Mean) and ask.dim == () for _, ask in asked)
-        self.counter, self.flats = counter, flats
+        assert all(isinstance(ask, Max) or (isinstance(ask, Sum | Mean) and ask.dim == ()) for _, ask in asked)
+        self.counter = counter
         self.pending: Any = None
-        sizes = [ask.x.numel() for _, ask in asked]
-        begins = (np.cumsum(sizes) - sizes).tolist()
-        bases = np.cumsum([0, *(flat.numel() for flat in flats)]).tolist()
-        base_of = {flat.untyped_storage().data_ptr(): base for flat, base in zip(flats, bases)}
-        places = [base_of[ask.x.untyped_storage().data_ptr()] + ask.x.storage_offset() for _, ask in asked]
-        device = flats[0].device
-        self.asked = indices(places, sizes).to(device)
+        highest = [isinstance(ask, Max) for _, ask in asked]
+        place = [highest[:i].count(kind) for i, kind in enumerate(highest)]  # of each ask, among those of its kind
+        self.held = {
+            kind: Held(
+                [ask.x for (_, ask), its in zip(asked, highest) if its == kind],
+                [flat for flat in flats if (flat.dtype == torch.float32) == kind],
+            )
+            for kind in (False, True)
+        }
         self.messages = [
-            (mesh, axis, op, indices([begins[i] for i in members], [sizes[i] for i in members]).to(device))
+            (mesh, axis, op, highest[members[0]], self.held[highest[members[0]]].of([place[i] for i in members]))
             for mesh, axis, op, members in messages_of(asked)
         ]
-        self.counts = torch.tensor(np.repeat([float(count(*one)) for one in asked], sizes), device=device)
-        self.answers = torch.empty(sum(sizes), dtype=torch.float64, device=device)
-        self.lines = torch.empty(sum(sizes), dtype=torch.float32, device=device)
+        sums, maxima = self.held[False], self.held[True]
+        counts = [float(count(*one)) for one, its in zip(asked, highest) if not its]
+        self.counts = torch.tensor(np.repeat(counts, sums.sizes), dtype=torch.float64, device=sums.device)
+        self.answers = torch.empty(sums.count, dtype=torch.float64, device=sums.device)
+        self.lines = torch.empty(sums.count, dtype=torch.float32, device=sums.device)
+        self.maxima = torch.empty(maxima.count, dtype=torch.float32, device=sums.device)
+        scalars, lines, largest = sums.pointers(self.answers), sums.pointers(self.lines), maxima.pointers(self.maxima)
         self.pointers = [
-            self.answers.data_ptr() + 8 * begin if ask.x.ndim == 0 else self.lines.data_ptr() + 4 * begin
-            for (_, ask), begin in zip(asked, begins)
+            largest[i] if its else scalars[i] if ask.x.ndim == 0 else lines[i]
+            for (_, ask), its, i in zip(asked, highest, place)
         ]
 
     def start(self) -> None:
         """Begin to answer what the flat tensors hold now."""
-        self.values = torch.cat(list(self.flats)).index_select(0, self.asked)
+        self.values = {kind: held.take() for kind, held in self.held.items() if held.count}
+        if True in self.values:
+            self.values[True] = ordered(self.values[True])
         self.sent = 0
         self.counter.rounds += bool(self.messages)
         self.issue()
@@ -53,27 +95,30 @@ class Standing:
     def issue(self) -> None:
         """Send the next message, if there is one."""
         if self.sent < len(self.messages):
-            mesh, axis, op, members = self.messages[self.sent]
-            flat = self.values.index_select(0, members).to(mesh.device_type)
-            self.pending = self.counter.send(mesh, axis, op, flat), flat, members
+            mesh, axis, op, kind, members = self.messages[self.sent]
+            flat = self.values[kind].index_select(0, members).to(mesh.device_type)
+            self.pending = self.counter.send(mesh, axis, op, flat), flat, self.values[kind], members
             self.sent += 1
 
     def finish(self) -> None:
         """Wait for what is under way and put the answers into their places."""
         for _ in self.messages:
-            work, flat, members = self.pending
+            work, flat, values, members = self.pending
             work.wait()
-            self.values.index_copy_(0, members, flat.to(self.values.device))
+            values.index_copy_(0, members, flat.to(values.device))
             self.pending = None
             self.issue()
-        torch.div(self.values, self.counts, out=self.answers)
-        self.lines.copy_(self.answers)
+        if False in self.values:
+            torch.div(self.values[False], self.counts, out=self.answers)
+            self.lines.copy_(self.answers)
+        if True in self.values:
+            self.maxima.copy_(unordered(self.values[True]))
         del self.values
 
 
 def indices(begins: Sequence[int], sizes: Sequence[int]) -> Tensor:
     """The numbers begin, begin + 1, ... of every stretch, one after another; int64."""
-    ends = np.cumsum(sizes)
+    ends = np.cumsum(sizes, dtype=np.int64)
     within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - sizes, sizes)
     return torch.from_numpy(np.repeat(np.array(begins, dtype=np.int64), sizes) + within)
 

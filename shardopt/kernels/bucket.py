@@ -42,7 +42,8 @@ class Bucket:
         calls = [call for call in self.calls if which < len(call.rounds)]
         asked = {member: asks for call in calls for member, asks in call.asks[which].items()}
         order = [(member, ask) for member in sorted(asked) for ask in asked[member]]
-        standing = answers.standing([(self.layouts[member], ask) for member, ask in order], [c.out for c in calls])
+        flats = [flat for call in calls for flat in call.flats]
+        standing = answers.standing([(self.layouts[member], ask) for member, ask in order], flats)
         told: dict[int, list[int]] = {}
         for (member, _), pointer in zip(order, standing.pointers):
             told.setdefault(member, []).append(pointer)

@@ -192,7 +192,7 @@ class Stepper:
 
 def told(asked: Any, scratch: int = 0) -> np.ndarray:
     """The twin of `Asked` in csrc/cpu.h. asked: of `shardopt.kernels.passes`."""
-    gathers, settles = asked.gathers.rows, asked.settles.rows
+    gathers, settles, closes = asked.gathers.rows, asked.settles.rows, asked.closes.rows
     head = asked.places.ctypes.data, asked.answers.ctypes.data, asked.pieces, scratch
-    rest = gathers.ctypes.data, len(gathers), settles.ctypes.data, len(settles)
+    rest = gathers.ctypes.data, len(gathers), settles.ctypes.data, len(settles), closes.ctypes.data, len(closes)
     return np.array([*head, *rest], dtype=np.int64)

@@ -9,7 +9,7 @@ import torch
 
 from shardopt.addons import Addon, GradientCentralization
 from shardopt.asks import Slot
-from shardopt.codecs import Codec
+from shardopt.codecs import CODECS, Codec
 from shardopt.codecs.rows import Rows
 from shardopt.kernels.twins import (
     ADDONS,
@@ -18,6 +18,7 @@ from shardopt.kernels.twins import (
     MEMORY,
     RULES,
     WHOLE,
+    Extremes,
     NoTwin,
     Round,
     Twin,
@@ -35,7 +36,8 @@ class Key:
     """cpp: the C++ type `Step<...>`. words: for people. twins: whose numbers are passed, in order.
 
     blocks: of the codecs that have some; noisy: whether noise is drawn, so that rows and columns matter. rounds: what
-    is asked, round by round, in the reference's order; stored: whether the step uses what will be read back.
+    is asked, round by round, in the reference's order; stored: whether the step uses what will be read back. across: of
+    the slots with blocks on several ranks, asked in the last round.
     """
 
     cpp: str
@@ -45,6 +47,7 @@ class Key:
     noisy: bool
     rounds: tuple[Round, ...] = ()
     stored: bool = False
+    across: tuple[Extremes, ...] = ()
 
     @property
     def passes(self) -> bool:
@@ -90,7 +93,8 @@ class Key:
             return {"step": "Stepping<shardopt::Key>"}
         passes = {f"pass{i}": f"Pass<shardopt::Key, {i}>" for i in range(len(self.rounds) + 1)}
         settles = {"settle": "Settling<shardopt::Key>"} if self.factored else {}
-        return {**passes, "gather": "Gathering", **settles}
+        closes = {"close": "Closing<shardopt::Key>"} if self.across else {}
+        return {**passes, "gather": "Gathering", **settles, **closes}
 
 
 @lru_cache(maxsize=4096)
@@ -101,15 +105,17 @@ def key_of(
     gradient: torch.dtype,
     before: tuple[str, ...] = (),
     matrix: bool = True,
+    across: tuple[str, ...] = (),
 ) -> Key:
     """The key of a step. before: "unscale", "zero", "maximize", what is done to the gradient first. matrix: whether the
-    view has rows and columns. Raises NoTwin."""
+    view has rows and columns. across: the slots of which blocks lie on several ranks. Raises NoTwin."""
     check_recipe(recipe)
     for what, dtype in (("parameters", parameter), ("gradients", gradient)):
         if dtype not in MEMORY:
             raise NoTwin(f"{what} of {dtype} have no native twin")
     rule = RULES[type(recipe.rule)](recipe.rule, parameter)
-    slots = [codec_twin(codec, slot) for slot, codec in codecs if not isinstance(codec, Rows)]
+    held = [(slot, codec) for slot, codec in codecs if not isinstance(codec, Rows)]
+    slots = [codec_twin(codec, slot, slot in across) for slot, codec in held]
     acting = [addon for addon in recipe.addons if matrix or type(addon) is not GradientCentralization]
     stages = {
         stage: [ADDONS[type(addon)](addon, slot_of(recipe, addon)) for addon in acting if addon.stage == stage]
@@ -120,11 +126,20 @@ def key_of(
     write = {"nearest": "Nearest", "stochastic": "Stochastic"}.get(recipe.rounding) or kahan(recipe, parameter)
     memory = f"{MEMORY[parameter]}, {MEMORY[gradient]}"
     stored = ", true" if recipe.update_from == "stored" else ""
+    if across and stored:
+        raise NoTwin('update_from="stored" asks for one slot after another where blocks lie on several ranks')
     cpp = f"Step<{memory}, {rule.cpp}, Slots<{', '.join(slots)}>, {', '.join(chains)}, {write}{stored}>"
     asked = [asked for twin in stages["gradient"] for asked in twin.rounds]
     whole = rule.rounds.count(WHOLE)
     asked += [*rule.rounds[:whole], *[FACTORED] * ("Factored" in slots), *rule.rounds[whole:]]
     asked += [asked for twin in stages["direction"] for asked in twin.rounds]
+    extremes = tuple(
+        Extremes(slot, i, getattr(codec, "block", 1), isinstance(codec, CODECS["log8"]))
+        for i, (slot, codec) in enumerate(held)
+        if slot in across
+    )
+    if extremes:
+        asked.append(tuple(word for slot in extremes for word in slot.words))
     return Key(
         cpp,
         words_of(recipe, codecs, memory, before),
@@ -133,6 +148,7 @@ def key_of(
         recipe.write.noisy(parameter) or any(codec.noisy for _, codec in codecs),
         tuple(asked),
         bool(stored),
+        extremes,
     )
 
 

@@ -272,13 +272,12 @@ def key_for(
         raise NoTwin("SHARDOPT_FUSED=0 switches kernels off")
     if device.type not in ("cpu", "cuda"):
         raise NoTwin(f"there are no kernels for {device.type}")
-    key = key_of(recipe, tuple(codecs.items()), *dtypes, before, len(layout.geo.view) > 1)
+    across = tuple(slot for slot, codec in codecs.items() if layout.geo.straddles(getattr(codec, "block", 1)))
+    key = key_of(recipe, tuple(codecs.items()), *dtypes, before, len(layout.geo.view) > 1, across)
     widest = WIDEST_GPU // 2 if key.factored else WIDEST_GPU
     if device.type == "cuda" and max(key.blocks, default=0) > widest:
         beside = " beside the columns of a factored slot" if key.factored else ""
         raise NoTwin(f"blocks of more than {widest} elements do not fit a GPU's registers{beside}")
-    if any(layout.geo.straddles(getattr(codec, "block", 1)) for codec in codecs.values()):
-        raise NoTwin("blocks lie on several ranks")
     return key
 
 

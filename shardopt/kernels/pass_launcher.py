@@ -34,6 +34,7 @@ class PassLauncher(Launcher):
         self.walk(len(self.key.rounds), spans, numbers, asked, taken)
         settles = asked.settles
         self.start("settle", settles.rows, settles.ctas, numbers, OF_SETTLE, taken=taken)
+        self.start("close", asked.closes.rows, asked.closes.ctas, taken=taken)
         self.advance(counters, flag_of(taken))
 
     def walk(

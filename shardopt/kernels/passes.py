@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shardopt.asks import Ask, Asking
 from shardopt.kernels.call import Call
+from shardopt.kernels.extremes import Blocks, of_blocks, stored_by
 from shardopt.kernels.key import Key
 from shardopt.kernels.lines import Lines
 from shardopt.kernels.rounds import asks_of, rows_at, size_of, values_of, whole_of
@@ -39,6 +40,7 @@ class Asked(NamedTuple):
     answers: np.ndarray  # (parameters, asks): pointers, in the order in which they were asked
     gathers: Rows
     settles: Rows
+    closes: Rows
 
 
 class AskingCall(Call):
@@ -56,6 +58,8 @@ class AskingCall(Call):
         self.owners: list[int] = []  # whose numbers
         self.lines: list[tuple[int, int]] = []  # pointers to the rows and columns of a factored slot
         self.matrices: list[tuple[Any, Mapping[str, Any], Any, Mapping[str, Tensor], Any]] = []  # what `Lines` is given
+        self.key = key
+        self.stored: list[list[list[int]]] = []  # where the numbers of blocks are that lie on several ranks
         self.adjusted: dict[tuple[int, float], Mapping[str, Any]] = {}
 
     def add(self, item: Any, key: Key, shape: Shape, member: int) -> None:
@@ -68,6 +72,7 @@ class AskingCall(Call):
         self.owners.append(len(self.groups) - 1)
         self.device = item.p.device
         self.matrices.append((item.recipe.rule, item.group, item.layout.geo, item.state, item.codecs))
+        self.stored.append(stored_by(key, item))
 
     def numbers_of(self, item: Any) -> Mapping[str, Any]:
         if WHOLE not in self.rounds:
@@ -80,12 +85,20 @@ class AskingCall(Call):
         """Whether it asks the same in every step, but for the numbers."""
         return WHOLE not in self.rounds
 
+    @property
+    def flats(self) -> list[Tensor]:
+        """What its asks are views of, one matrix after another aside."""
+        return [self.out, self.blocks.largest, self.blocks.least]
+
     def close(self) -> None:
         super().close()
         for kind, table in self.tables.items():
             table.close(max(values_of(asked) for asked, its in zip(self.rounds, self.kinds) if its == kind))
         self.answers = np.zeros((len(self.views), sum(map(len, self.rounds))), dtype=np.int64)
         self.settles = self.settling()
+        self.blocks = Blocks(self.key, [geo for _, _, geo, _, _ in self.matrices], self.device)
+        rows = self.blocks.rows(self.stored)
+        self.closes = counted(rows, -(-rows[:, -1] // SETTLED))
         sizes = [[sum(size_of(word, view) for word in asked) for view in self.views] for asked in self.rounds]
         self.out = torch.zeros(sum(map(sum, sizes)), dtype=torch.float64, device=self.device)
         begins = np.concatenate(([0], np.cumsum(sizes).ravel())).astype(np.int64)[:-1].reshape(-1, len(self.views))
@@ -99,17 +112,21 @@ class AskingCall(Call):
                     for member, view, start in zip(self.members, self.views, starts.tolist())
                 }
             )
-            rows = zip(starts.tolist(), self.views) if asked == SQUARES else ()
-            self.squares.append([rows_at(self.out, start, view) for start, view in rows])
+            if of_blocks(asked):
+                self.asks[-1] = dict(zip(self.members, self.blocks.asks))
+            begun = zip(starts.tolist(), self.views) if asked == SQUARES else ()
+            self.squares.append([rows_at(self.out, start, view) for start, view in begun])
             table = self.tables[kind]
             gathers = self.gathering(asked, table, self.out.data_ptr() + 8 * starts)
-            self.told.append(Asked(table.rows, table.pieces, table.scratch, self.answers, gathers, self.settles))
+            self.told.append(
+                Asked(table.rows, table.pieces, table.scratch, self.answers, gathers, self.settles, self.closes)
+            )
 
     def gathering(self, asked: Round, table: "Table", outs: np.ndarray) -> Rows:
         """What the sums of pieces come to, parameter by parameter: rows of a `Gather`."""
         found: list[Any] = []
         for view, (row, _), (first, sums, places), out in zip(self.views, self.lines, table.places, outs):
-            if asked == WHOLE:
+            if asked == WHOLE or of_blocks(asked):
                 continue
             if not sums_rows(asked):
                 found.append([[first * len(asked), 0, out, len(asked), places.pieces]])
@@ -162,10 +179,17 @@ class AskingCall(Call):
 
     def answered(self, which: int, pointers: Sequence[Sequence[int]]) -> None:
         """Where the answers of a round lie, those of every member."""
-        first = sum(map(len, self.rounds[:which]))
-        self.answers[:, first : first + len(self.rounds[which])] = pointers
+        columns = self.columns(which)
+        self.answers[:, columns] = pointers
         if self.rounds[which] == FACTORED:
-            self.settles.rows[:, MEANS] = self.answers[:, first : first + 2].ravel()
+            self.settles.rows[:, MEANS] = self.answers[:, columns][:, :2].ravel()
+        if of_blocks(self.rounds[which]):
+            self.blocks.tell(self.closes.rows, pointers)
+
+    def columns(self, which: int) -> slice:
+        """Of `answers`, those of a round."""
+        first = sum(map(len, self.rounds[:which]))
+        return slice(first, first + len(self.rounds[which]))
 
     def asked(self, which: int, numbers: Any, taken: Tensor | None, lines: Sequence[Lines]) -> Mapping[int, Any]:
         """What is asked of every member in a round, worked out; nobody here keeps it."""
@@ -174,7 +198,11 @@ class AskingCall(Call):
             xs = [torch.empty(view, device=self.device) for view in self.views]
             self.answered(which, [[x.data_ptr()] for x in xs])  # until then it lies where the answer will
             asks = {member: (whole_of(x, *about[:3]),) for member, x, about in zip(self.members, xs, self.matrices)}
+        answers = self.answers.copy()
+        if of_blocks(self.rounds[which]):
+            self.answers[:, self.columns(which)] = self.blocks.begin()  # the pass raises what lies there
         self.function.sums(which, self.spans, numbers, self.told[which], taken)
+        self.answers[:] = answers
         if self.rounds[which] == SQUARES:
             asks = {member: line.asked(x) for member, line, x in zip(self.members, lines, self.squares[which])}
         return asks

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from shardopt.asks import Ask, Mean, Sum, Whole
+from shardopt.kernels.extremes import LARGEST, LEAST, of_blocks
 from shardopt.kernels.twins import SQUARES, WHOLE, Round, sums_rows
 from shardopt.rules import Hyper
 
@@ -15,7 +16,7 @@ def values_of(asked: Round) -> int:
     """The sums of a whole piece that a round needs."""
     if "column means" in asked:
         return 1
-    return 0 if sums_rows(asked) or asked == WHOLE else len(asked)
+    return 0 if sums_rows(asked) or asked == WHOLE or of_blocks(asked) else len(asked)
 
 
 def whole_of(x: Tensor, rule: Any, group: Any, geo: Any) -> Whole:
@@ -29,7 +30,7 @@ def rows_at(out: Tensor, start: int, view: tuple[int, ...]) -> Tensor:
 
 def size_of(word: str, local: tuple[int, ...]) -> int:
     """How many sums an ask holds."""
-    return 0 if word in WHOLE else prod(shape_of_ask(word, local))
+    return 0 if word in (*WHOLE, LARGEST, LEAST) else prod(shape_of_ask(word, local))
 
 
 def shape_of_ask(word: str, local: tuple[int, ...]) -> tuple[int, ...]:
@@ -50,7 +51,7 @@ def asks_of(asked: Round, local: tuple[int, ...], out: Tensor, start: int) -> Se
     """The asks of one round of one parameter, whose sums lie in `out` one after another: the twin of what rules, codecs
     and add-ons yield."""
     found: list[Ask] = []
-    for word in asked if asked not in (WHOLE, SQUARES) else ():
+    for word in () if asked in (WHOLE, SQUARES) or of_blocks(asked) else asked:
         shape = shape_of_ask(word, local)
         sums = out[start : start + prod(shape)].view(shape)
         start += prod(shape)

@@ -13,7 +13,7 @@ from shardopt.kernels.twins import sums_rows
 from shardopt.state import part_specs
 
 # columns of a `Span`; the pointers of the parts follow
-P, G, STEP, KEY, GROUP, ROWS, COLS, ROW0, COL0, LD, TILE0, PARTS = range(12)
+P, G, STEP, KEY, GROUP, ROWS, COLS, ROW0, COL0, LD, WIDTH, TILE0, PARTS = range(13)
 # columns of a `Place`
 PARAMETER, MATRIX, LINE, COLUMN, HIGH, WIDE, ACROSS, ROWS0, COLS0, PIECE0 = range(10)
 
@@ -49,12 +49,14 @@ GPU = Pieces(1 << 15, 1 << 12, 1 << 8, 1, True)  # a CTA takes one; its warps ke
 
 
 class Part(NamedTuple):
-    """A stored part of a slot: its name, bytes of an entry, how many columns share one; or an entry a row or column."""
+    """A stored part of a slot: its name, bytes of an entry, how many columns share one; or an entry a row or column;
+    or, of blocks that lie on several ranks, how many every row of every rank has."""
 
     name: str
     bytes: int
     columns: int = 1
     line: str = ""
+    all: int = 0
 
 
 class Places(NamedTuple):
@@ -78,7 +80,7 @@ class Shape(NamedTuple):
     places: the same of their places, in pieces as they are best added up without and with sums of columns.
     """
 
-    offsets: np.ndarray  # (spans, 11 + parts) int64
+    offsets: np.ndarray  # (spans, 12 + parts) int64
     tiles: int
     parts: tuple[Part, ...]
     places: dict[bool, Places]
@@ -86,13 +88,15 @@ class Shape(NamedTuple):
 
 def parts_of(codecs: Mapping[str, Any], layout: Any) -> list[Part]:
     """The stored parts of a parameter that its kernel reads and writes, in order."""
-    ndim, found = len(layout.geo.view), []
-    others = parts_by_row(codecs, layout.geo.view)
+    geo, ndim, found = layout.geo, len(layout.geo.view), []
+    others = parts_by_row(codecs, geo.view)
     for name, part in part_specs(codecs, layout).items():
         if name in others:
             continue
         if part.dims is None or len(part.dims) == ndim:
-            found.append(Part(name, part.dtype.itemsize, 1 if part.dims is None else part.dims[-1][1]))
+            columns = 1 if part.dims is None else part.dims[-1][1]
+            blocks = -(-geo.view[-1] // columns) if part.reducible and geo.straddles(columns) else 0
+            found.append(Part(name, part.dtype.itemsize, columns, all=blocks))
         else:
             found.append(Part(name, part.dtype.itemsize, line="column" if part.dims[-1][0] == ndim - 1 else "row"))
     return found
@@ -106,16 +110,19 @@ def shape_of(geo: Geometry, key: Key, parts: list[Part], p_bytes: int, g_bytes: 
     else:
         ld = geo.local[-1]
         rows = in_matrices(row_runs(geo), geo.local[-2]) if key.factored else row_runs(geo)
-        pieces = [(rows, columns) for rows in rows for columns in column_runs(geo)]
+        columns = (
+            apart(column_runs(geo), sorted({min(256, *key.blocks), *key.blocks})) if key.across else column_runs(geo)
+        )
+        pieces = [(these, those) for these in rows for those in columns]
     offsets = np.zeros((len(pieces), PARTS + max(1, len(parts))), dtype=np.int64)  # Span has one pointer at least
     tiles = 0
     for i, ((row, row0, n_rows), (col, col0, n_cols)) in enumerate(pieces):
-        offsets[i, ROWS:PARTS] = (n_rows, n_cols, row0, col0, ld, tiles)
+        offsets[i, ROWS:PARTS] = (n_rows, n_cols, row0, col0, ld, geo.view[-1], tiles)
         offsets[i, P] = (row * ld + col) * p_bytes
         offsets[i, G] = (row * ld + col) * g_bytes
         matrix = row // geo.local[-2] if key.factored else 0
         for j, part in enumerate(parts):
-            entry = row * -(-ld // part.columns) + col // part.columns
+            entry = row * part.all if part.all else row * -(-ld // part.columns) + col // part.columns
             offsets[i, PARTS + j] = {"row": row, "column": matrix * ld + col}.get(part.line, entry) * part.bytes
         tiles += n_rows * -(-n_cols // key.tile)
     kinds = {cut.kind(key, asked) for asked in key.rounds}
@@ -196,4 +203,19 @@ def column_runs(geo: Geometry) -> list[tuple[int, int, int]]:
         if length:
             found.append((position, start, length))
         position += length
+    return found
+
+
+def apart(runs: list[tuple[int, int, int]], sizes: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Runs of columns cut so that a piece begins where a block does, or lies within one block, of every size: ascending
+    powers of two."""
+    found = []
+    for column, column0, length in runs:
+        for size in sizes:
+            here = min(length, -column0 % size)
+            if here:
+                found.append((column, column0, here))
+            column, column0, length = column + here, column0 + here, length - here
+        if length:
+            found.append((column, column0, length))
     return found

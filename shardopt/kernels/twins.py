@@ -31,6 +31,20 @@ WHOLE: Round = ("whole",)
 SQUARES: Round = ("row squares",)  # sums of squares of every row, answered by a float a row: see `lines`
 
 
+class Extremes(NamedTuple):
+    """What is asked of a slot whose blocks lie on several ranks: their largest magnitudes and, where `least`, their
+    smallest positive values. at: the slot's place among those of the kernel."""
+
+    slot: str
+    at: int
+    block: int
+    least: bool
+
+    @property
+    def words(self) -> Round:
+        return ("largest", "least") if self.least else ("largest",)
+
+
 def sums_rows(asked: Round) -> bool:
     """Whether a round needs the sums of rows."""
     return "row means" in asked or asked == SQUARES
@@ -177,8 +191,8 @@ CODECS: dict[type[codecs.Codec], tuple[str, tuple[str, ...]]] = {
 FACTORED: Round = ("row means", "column means", "means", "means of rows")  # what the recurrence of its slot asks
 
 
-def codec_twin(codec: codecs.Codec, slot: str) -> str:
-    """The struct of a codec in a slot, as C++ text. NoTwin where there is none."""
+def codec_twin(codec: codecs.Codec, slot: str, across: bool = False) -> str:
+    """The struct of a codec in a slot, as C++ text. NoTwin where there is none. across: blocks lie on several ranks."""
     if type(codec) not in CODECS:
         raise NoTwin(f"codec {codec.name} has no native twin")
     block = getattr(codec, "block", 1)
@@ -192,7 +206,8 @@ def codec_twin(codec: codecs.Codec, slot: str) -> str:
         "table": table_name(codec),
     }
     given = ", ".join(words[word] for word in wanted)
-    return f"{name}<{given}>" if given else name
+    cpp = f"{name}<{given}>" if given else name
+    return f"Across<{cpp}>" if across else cpp
 
 
 def table_name(codec: codecs.Codec) -> str:
