@@ -1,5 +1,6 @@
 """Kernels where blocks lie on several ranks: what the reference computes there, bit by bit."""
 
+import threading
 from functools import partial
 from math import prod
 
@@ -12,7 +13,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 import shardopt
 from shardopt import Recipe, rules
-from shardopt.kernels import cuda
+from shardopt.kernels import cuda, native
 from shardopt.kernels.cache import NoCompiler
 from shardopt.kernels.key import key_of
 from shardopt.kernels.replay import Replay
@@ -109,6 +110,20 @@ def test_lanes_equal_the_reference(gpu, place, state):  # noqa: F811
     elements."""
     compare(place, adamw(state), shapes=shapes_of(state), steps=2)
     assert any(name == "shardopt_close" for one in gpu.values() for name, *_ in one.driver.launches)
+
+
+def test_a_step_that_is_not_taken(gpu, monkeypatch):  # noqa: F811
+    """Kills: numbers of blocks that change although nothing else does."""
+    mine, passes = threading.local(), native.Native.passes  # a flag a rank
+    monkeypatch.setattr(native.Native, "passes", lambda self, *given: passes(self, *given[:3], mine.flag))
+    monkeypatch.setattr(native.Native, "again", lambda *given: None)  # every step in full, where the flag comes in
+
+    def spoil(step, i, g):
+        mine.flag = torch.tensor(step == 0)
+
+    one, two = (run("3", partial(adamw("sizes"), fused=True), spoil, steps, shapes=SHAPES) for steps in (1, 2))
+    for (left, _), (right, _) in zip(one, two):
+        assert [differences(a, b) for a, b in zip(left, right)] == [[]] * len(SHAPES)
 
 
 @pytest.mark.parametrize("kind", ["nan", "zero", "tiny"])

@@ -42,7 +42,7 @@ HD void Member<K, E, LANES, TILES>::chunk_of(const Span& s, const typename K::Sc
       Seq<I...>{});
   const u32 first = (u32)(s.col0 + column);
   const u32 near[slots + 1] = {noise_from(draw.key[0], first), noise_from(draw.key[I + 1], first)...};
-  auto noise_of = [&](int stream, int e) {
+  auto noise_of = [&](int stream, int e) INLINE {
     return in_blocks && (FULL || !K::extremes) ? noise_near(near[stream], (u32)e) : noise_at(draw.key[stream], first + e);
   };
   u32 high[slots + 1] = {}, low[slots + 1];
@@ -62,7 +62,7 @@ HD void Member<K, E, LANES, TILES>::chunk_of(const Span& s, const typename K::Sc
             old[S] = pick<S>(opened).decode(pick<S>(codes).get(e));
         },
         Seq<I...>{});
-    auto stored = [&](auto i, float y) {
+    auto stored = [&](auto i, float y) INLINE {
       constexpr int S = decltype(i)::value;
       u32 random = C<S>::stream != 0 ? noise_of(S + 1, e) : 0;
       if constexpr (C<S>::block > 0)
@@ -102,7 +102,7 @@ HD void Member<K, E, LANES, TILES>::chunk_of(const Span& s, const typename K::Sc
         Seq<I...>{});
   }
   if constexpr (later) {
-    auto write = [&](int e, u32 random) {
+    auto write = [&](int e, u32 random) INLINE {
       float x = P::load(p[e]), u = directions[e], delta = K::Decay::delta(u * h.rule.step, x, u, h.lr, h.decay);
       p[e] = K::Write::template apply<P>(x, delta, nullptr, nullptr, random);
     };
@@ -139,7 +139,7 @@ HD void Member<K, E, LANES, TILES>::encode(const Span& s, const typename K::RowN
     Codes<C<I>, E, FULL> codes;
     codes.begin(to);
     const auto e = encoder;
-    auto one = [&](int i, u32 drawn) { codes.put(i, C<I>::encode(kept[I][c][i], e, drawn)); };
+    auto one = [&](int i, u32 drawn) INLINE { codes.put(i, C<I>::encode(kept[I][c][i], e, drawn)); };
     if constexpr (FULL && !in_registers && C<I>::stream != 0)
       drawing(differences[I], near, one);
     else

@@ -4,6 +4,7 @@
 
 #ifdef __CUDACC_RTC__
 #define HD __host__ __device__ __forceinline__
+#define INLINE  // of a lambda; the device's are anyway
 #define UNROLL _Pragma("unroll")
 #define IVDEP UNROLL
 #define SHARDOPT_REGISTERS  // see tile.h
@@ -12,6 +13,7 @@
 #else
 extern "C" double pow(double, double), sqrt(double), atan2(double, double);  // <math.h> is a third of a compilation
 #define HD inline __attribute__((always_inline))
+#define INLINE __attribute__((always_inline))
 #define UNROLL
 #define CONSTANTS static const float  // a table in memory, not on the stack
 #define COEFFICIENTS constexpr
@@ -200,6 +202,19 @@ HD void look_up(const float* table, const u8* bytes, float* out, int n) {
     __builtin_memcpy(&word, bytes + i / 2, sizeof word);
     Ints nibbles = __builtin_shuffle((Ints)(Words{} + word), halves) >> shifts;
     Floats found = __builtin_shuffle(all, nibbles);  // it reads the low 4 bits of each
+    __builtin_memcpy(out + i, &found, sizeof found);
+  }
+#elif defined(__GNUC__) && !defined(__clang__) && defined(__AVX2__)
+  typedef float Floats __attribute__((vector_size(32)));
+  typedef i32 Ints __attribute__((vector_size(32)));
+  const Ints shifts = {0, 4, 8, 12, 16, 20, 24, 28};
+  Floats low, high;
+  __builtin_memcpy(&low, table, sizeof low);
+  __builtin_memcpy(&high, table + 8, sizeof high);
+  for (; i + 8 <= n; i += 8) {
+    i32 word;
+    __builtin_memcpy(&word, bytes + i / 2, sizeof word);
+    Floats found = __builtin_shuffle(low, high, (Ints{} + word) >> shifts);
     __builtin_memcpy(out + i, &found, sizeof found);
   }
 #endif
