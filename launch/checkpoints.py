@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import shardopt
 from .config import Config
 from .data import Corpus
 
-# What decides which sequence is trained at which step; with another value a resumed curve would be another run's.
+# What decides which sequence is trained at which step, and what the weights mean, whose shapes do not tell all of it;
+# with another value a resumed curve would be another run's.
 DATA_ORDER = ("seed", "global_batch", "context", "val_fraction")
+MODEL = ("vocab", "dim", "layers", "heads", "kv_heads", "hidden", "rope_base", "qk_norm", "tied")
 
 
 class Checkpoints:
@@ -37,14 +40,15 @@ class Checkpoints:
         extra = shardopt.load_checkpoint(self.path, self.model, self.optimizer, step="latest") if found[0] else None
         if extra is None:
             return 0
-        then, now = extra["config"], dataclasses.asdict(self.config)
-        changed = [f"{key}: {then[key]} then, {now[key]} now" for key in DATA_ORDER if then[key] != now[key]]
-        if extra["corpus"] != self.corpus.hash:
-            changed.append(f"corpus: {extra['corpus']} then, {self.corpus.hash} now")
-        if changed:
-            raise ValueError(f"{self.path} belongs to another data order ({'; '.join(changed)}); choose another --out")
+        other = another(extra, self.extra())
+        if other:
+            raise ValueError(f"{self.path} belongs to {other}; choose another --out")
         self.saved = int(extra["step"])
         return self.saved
+
+    def extra(self) -> dict[str, Any]:
+        """What a checkpoint holds besides: whose run it is of."""
+        return {"corpus": self.corpus.hash, "config": dataclasses.asdict(self.config)}
 
     @property
     def folder(self) -> Path:
@@ -66,10 +70,10 @@ class Checkpoints:
         if step == self.saved:
             return
         self.wait()
-        extra = {"corpus": self.corpus.hash, "config": dataclasses.asdict(self.config)}
         self.pending = shardopt.save_checkpoint(
-            self.path, self.model, self.optimizer, step=step, extra=extra, keep=self.config.keep, blocking=blocking
-        )
+            self.path, self.model, self.optimizer, step=step, extra=self.extra(), keep=self.config.keep,
+            blocking=blocking,
+        )  # fmt: skip
         self.saved = step
 
     def wait(self) -> None:
@@ -81,3 +85,13 @@ class Checkpoints:
         """Bytes of the latest checkpoint's files."""
         folders = sorted(self.path.glob("step_" + "[0-9]" * 8))
         return sum(file.stat().st_size for file in folders[-1].rglob("*") if file.is_file()) if folders else 0
+
+
+def another(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What a checkpoint's run has that this one has not, for people; empty where one continues the other."""
+    old, new = ({**extra["config"], "corpus": extra["corpus"]} for extra in (then, now))
+    for what, keys in (("another model", MODEL), ("another data order", (*DATA_ORDER, "corpus"))):
+        changed = [f"{key}: {old[key]} then, {new[key]} now" for key in keys if old[key] != new[key]]
+        if changed:
+            return f"{what} ({'; '.join(changed)})"
+    return ""

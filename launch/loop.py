@@ -112,7 +112,8 @@ def train(
     bar = tqdm(
         total=config.steps, initial=step, disable=not place.first, mininterval=0.5 if sys.stderr.isatty() else 10
     )
-    started, first, tokens, state = time.perf_counter(), step, config.global_batch * config.context, ""
+    started, first, tokens = time.perf_counter(), step, config.global_batch * config.context
+    state = validation = ""
     # Not the flag as it is here: a rank that alone leaves before the first update leaves the others waiting.
     asked = False
     while step < config.steps and not asked:
@@ -128,12 +129,13 @@ def train(
             line["skipped"] = skipped
         if step == config.steps or (config.eval_every and step % config.eval_every == 0):
             line["val_loss"] = evaluate(model, optimizer, config, corpus, place)
+            validation = f"validation {line['val_loss']:.4f}, "
         log.write(**line, time=round(log.seconds + time.perf_counter() - started, 3))
         if checkpoints.due(step):
             checkpoints.save(step)
         state = state or f"{optim.bytes_per_parameter(optimizer):.2f} B/param"
         speed = (step - first) * tokens / (time.perf_counter() - started)
-        bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s, state {state}", refresh=False)
+        bar.set_postfix_str(f"loss {loss:.4f}, {validation}{speed:,.0f} tokens/s, state {state}", refresh=False)
         bar.update()
     bar.close()
     checkpoints.save(step, blocking=True)

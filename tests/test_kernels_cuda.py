@@ -211,7 +211,7 @@ def packed_step(lr, taken=None):
     step, key = torch.zeros(()), torch.tensor(5)
     parts = [torch.zeros(6, 40, dtype=torch.int8), torch.zeros(6, 1), torch.zeros(6, 40, dtype=torch.uint8)]
     parts.append(torch.zeros(6, 1))
-    places = [p.data_ptr(), g.data_ptr(), step.data_ptr(), key.data_ptr(), 0, 6, 40, 0, 0, 40, 0]
+    places = [p.data_ptr(), g.data_ptr(), step.data_ptr(), key.data_ptr(), 0, 6, 40, 0, 0, 40, 40, 0]
     spans = np.array([[*places, *(part.data_ptr() for part in parts)]], dtype=np.int64)
     old = p.clone()
     run = emulated(KEY_OF_BUDGET)

@@ -1,5 +1,6 @@
 """The pretraining job from its first minutes on: what it says of checkpoints, when it saves, how it ends on SIGTERM."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -8,7 +9,7 @@ import time
 import pytest
 
 from launch import runlog, runs
-from launch.checkpoints import Checkpoints
+from launch.checkpoints import Checkpoints, another
 from launch.config import Config
 from tests.test_launch import TINY
 
@@ -38,6 +39,19 @@ def test_a_run_says_from_where_it_goes_on(tmp_path):
     assert made.told() == f"no complete checkpoint in {tmp_path}/checkpoints: this run begins anew"
     made.saved = 40
     assert made.told() == f"going on from {tmp_path}/checkpoints/step_00000040"
+
+
+def test_a_run_goes_on_from_its_own_checkpoints_alone():
+    """Kills: other heads or rotary frequencies, whose weights have the same shapes, or more layers, trained on without
+    a word; another order of the data; a refusal of what may change."""
+
+    def extra(corpus="a", **options):
+        return {"corpus": corpus, "config": dataclasses.asdict(Config(**options))}
+
+    assert another(extra(), extra(steps=9, lr=0.5, out="x", optimizer="Lion", compute_dtype="bf16")) == ""
+    assert another(extra(), extra(heads=2, layers=5)) == "another model (layers: 3 then, 5 now; heads: 4 then, 2 now)"
+    assert another(extra(), extra(rope_base=5e5)) == "another model (rope_base: 10000.0 then, 500000.0 now)"
+    assert another(extra(), extra("b", seed=1)) == "another data order (seed: 0 then, 1 now; corpus: a then, b now)"
 
 
 @pytest.mark.multigpu

@@ -87,7 +87,7 @@ class AskingCall(Call):
 
     @property
     def flats(self) -> list[Tensor]:
-        """What its asks are views of, one matrix after another aside."""
+        """What its asks are views of, whole matrices aside."""
         return [self.out, self.blocks.largest, self.blocks.least]
 
     def close(self) -> None:
