@@ -3,6 +3,7 @@
 import json
 import os
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import shardopt
 from shardopt.codecs.sendable import wire_codec
 from shardopt.dtensor.wire import stack
 from shardopt.kernels.wire import Coder
+from tests import test_kernel_straddling as straddling
 from tests.table import DTYPES, RULES, STATES, recipe
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -88,6 +90,20 @@ def test_what_asks_equals_the_reference(rule, addons, source):
             assert (a - b).norm() <= 1e-5 * b.norm() or (a != b).double().mean() < 1e-3
         again = trained(rule, state, dtype, "cuda", fused=True, **given)
         assert all(torch.equal(a, b) for a, b in zip(runs[0], again))
+
+
+@pytest.mark.parametrize("place, state", [("3", "int8"), ("strips", "sizes"), ("2 x 2", "half")])
+def test_blocks_on_several_ranks(place, state):
+    """Ranks as threads on one GPU. Kills: CTAs that raise one number at once and lose one, numbers of blocks that
+    change while they are read."""
+    options = {"shapes": straddling.shapes_of(state), "device": "cuda"}
+    runs = [straddling.run(place, partial(straddling.adamw(state), fused=f), **options) for f in (False, True)]
+    for (others, counts), (mine, asked) in zip(*runs):
+        assert asked == counts
+        for one, other in zip(others, mine):
+            for name, x in one.items():
+                x, y = x.double(), other[name].double()
+                assert (x != y).double().mean() < 1e-3 and (x - y).norm() <= 1e-3 * x.norm(), name
 
 
 @pytest.mark.parametrize("spec", ["int8(block=128)", "int4(block=64)", "bf16", "fp8", "dyn8(block=64)"])

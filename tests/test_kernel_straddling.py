@@ -48,12 +48,12 @@ def shapes_of(state):
     return SHAPES if state in ("half", "dyn4") else (*SHAPES, *ODD)  # bytes of two columns are whole
 
 
-def run(place, make, spoil=None, steps=3, dtype=torch.bfloat16, shapes=SHAPES):
+def run(place, make, spoil=None, steps=3, dtype=torch.bfloat16, shapes=SHAPES, device="cpu"):
     """What every rank has after some steps, and what was asked."""
     sizes, placements = PLACES[place]
 
     def body(_):
-        mesh = init_device_mesh("cpu", sizes)
+        mesh = init_device_mesh(device, sizes)
         model = test_mesh.build(shapes, dtype)
         last = tuple(Shard(p.dim + 1) if p.dim else p for p in placements)  # the last dim of a stack
         for i, p in enumerate(model):
@@ -73,7 +73,7 @@ def run(place, make, spoil=None, steps=3, dtype=torch.bfloat16, shapes=SHAPES):
             opt.step()
         assert opt.native is None or (opt.native.stepped, opt.native.left) == (len(model), 0)
         left = [
-            {"p": p._local_tensor.detach(), **{n: getattr(x, "_local_tensor", x) for n, x in opt.state[p].items()}}
+            {n: getattr(x, "_local_tensor", x).detach().cpu() for n, x in {"p": p, **opt.state[p]}.items()}
             for p in model
         ]
         return left, (opt.answers.rounds, opt.answers.collectives, opt.answers.bytes)
