@@ -1,4 +1,4 @@
-"""Committed or nothing, damaged ones refused, the directory clean after a crash."""
+"""Committed or nothing, the directory clean after a crash."""
 
 import json
 import os
@@ -25,50 +25,6 @@ from tests.resume_job import (
 )
 from tests.threaded import run_threaded
 
-# --- commit, damage, cleaning
-
-
-@pytest.mark.parametrize("how", ["truncated", "flipped", "gone"])
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "manifest.json", "COMMITTED"])
-def test_damage_is_refused_and_the_checkpoint_before_is_used(tmp_path, name, how):
-    kept = three(tmp_path)
-    damage(tmp_path / "step_00000003" / name, how)
-    model, opt = job()
-    if (name, how) == ("COMMITTED", "gone"):  # a save that never ended
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)
-            assert shardopt.load_checkpoint(tmp_path, model, opt)["step"] == 2
-    else:
-        before = contents(model, opt)
-        with pytest.raises(ValueError, match=f"step_00000003.*{name}"):
-            shardopt.load_checkpoint(tmp_path, model, opt, step=3)
-        with pytest.raises(ValueError, match=name):
-            shardopt.load_checkpoint(tmp_path / "step_00000003", model, opt)
-        check_equal(contents(model, opt), before)
-        with pytest.warns(UserWarning, match=f"step_00000003.*{name}"):
-            assert shardopt.load_checkpoint(tmp_path, model, opt)["step"] == 2
-    check_equal(contents(model, opt), kept[2])
-
-
-def test_without_checksums_sizes_are_still_verified(tmp_path):
-    three(tmp_path)
-    damage(tmp_path / "step_00000003" / "__0_0.distcp", "flipped")
-    assert shardopt.load_checkpoint(tmp_path, *job(), verify=False)["step"] == 3
-    damage(tmp_path / "step_00000003" / "__0_0.distcp", "truncated")
-    with pytest.warns(UserWarning, match="bytes instead of"):
-        assert shardopt.load_checkpoint(tmp_path, *job(), verify=False)["step"] == 2
-
-
-def test_when_all_are_damaged_it_says_so(tmp_path):
-    three(tmp_path, keep=2)
-    for folder in tmp_path.iterdir():
-        damage(folder / "__0_0.distcp", "flipped")
-    with (
-        pytest.warns(UserWarning),
-        pytest.raises(ValueError, match=r"every checkpoint .*/step_00000003.*/step_00000002"),
-    ):
-        shardopt.load_checkpoint(tmp_path, *job())
-
 
 def test_what_never_ended_is_removed(tmp_path):
     assert shardopt.load_checkpoint(tmp_path / "nowhere", *job()) is None
@@ -78,7 +34,9 @@ def test_what_never_ended_is_removed(tmp_path):
     manifest.begin(tmp_path / "step_00000009")
     for name in ("notes", "step_00000010.being_made", "step_00000011.being_removed"):
         (tmp_path / name).mkdir()
-    assert shardopt.load_checkpoint(tmp_path, *job())["step"] == 3
+    with warnings.catch_warnings():  # a save that was cut short is nothing to warn of
+        warnings.simplefilter("error", UserWarning)
+        assert shardopt.load_checkpoint(tmp_path, *job())["step"] == 3
     shardopt.save_checkpoint(tmp_path, *job(), step=4)
     assert sorted(os.listdir(tmp_path)) == ["notes", "step_00000001", "step_00000003", "step_00000004"]
 

@@ -15,7 +15,17 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from shardopt.dtensor.channel import Channel, channel
-from shardopt.dtensor.manifest import Damaged, committed, damaged_files, is_checkpoint, read_manifest, settle, step_name
+from shardopt.dtensor.manifest import (
+    COMMITTED,
+    Damaged,
+    committed,
+    damaged_files,
+    is_checkpoint,
+    lost,
+    read_manifest,
+    settle,
+    step_name,
+)
 from shardopt.dtensor.record import optimizer_state, record_of
 from shardopt.dtensor.restore import restore
 from shardopt.dtensor.stored import Stored, quiet, reasons
@@ -165,13 +175,19 @@ def load_checkpoint(
     def load(folder: Path) -> dict[str, Any]:
         return load_folder(folder, model, opt, ranks, verify, (model_key, optim_key))
 
-    single, found = ranks.on_first(lambda: look(root, step))
+    single, found, gone = ranks.on_first(lambda: look(root, step))
     if single:
         return load(root)
     if step != "latest":
         if step not in found:
             raise ValueError(f"{root} has no checkpoint of step {step}; it has {', '.join(map(str, found)) or 'none'}")
         return load(found[step])
+    if gone and ranks.rank == 0:
+        names, have = ", ".join(folder.name for folder in gone), "has" if len(gone) == 1 else "have"
+        instead = f"step {max(found)} is loaded instead" if found else "there is no other to load"
+        warnings.warn(
+            f"{names} in {root} {have} no {COMMITTED}, so that nothing vouches for it: {instead}", stacklevel=2
+        )
     troubles = []
     for folder in reversed(found.values()):
         try:
@@ -185,14 +201,16 @@ def load_checkpoint(
     return None
 
 
-def look(root: Path, step: Any) -> tuple[bool, dict[int, Path]]:
-    """(whether `root` is itself a checkpoint, else its checkpoints by step). ValueError where it is of another step."""
+def look(root: Path, step: Any) -> tuple[bool, dict[int, Path], list[Path]]:
+    """(whether `root` is itself a checkpoint, else its checkpoints by step, and later ones whose marker is lost).
+    ValueError where it is of another step."""
     if is_checkpoint(root):
         told = read_manifest(root) if step != "latest" else None
         if told is not None and told["step"] != step:
             raise ValueError(f"{root} is the checkpoint of step {told['step']}, not of step {step}")
-        return True, {}
-    return False, committed(root)
+        return True, {}, []
+    found = committed(root)
+    return False, found, [folder for at, folder in lost(root).items() if at > max(found, default=-1)]
 
 
 def load_folder(

@@ -54,6 +54,15 @@ def is_committed(folder: Path) -> bool:
     return marker.exists() and marker.stat().st_size > 0
 
 
+def lost(root: Path) -> dict[int, Path]:
+    """By step, what was complete once, or copied without its marker: no save is under way there, or was cut short."""
+    return {
+        step: folder
+        for step, folder in step_folders(root).items()
+        if (folder / MANIFEST).exists() and not (folder / SAVING).exists() and not is_committed(folder)
+    }
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Whether this directory is itself a checkpoint, ours or any of torch.distributed.checkpoint."""
     return any((folder / name).exists() for name in (METADATA, MANIFEST, COMMITTED))
