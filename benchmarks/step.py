@@ -255,7 +255,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--sets", nargs="*", default=["big", "llama", "many", "dtensors"])
+    parser.add_argument("--sets", nargs="*", choices=list(sets(False)), default=list(sets(False)))
     parser.add_argument("--only", nargs="*", default=[], help="contenders, by name")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=0)
