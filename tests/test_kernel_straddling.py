@@ -24,7 +24,7 @@ from tests.kernel_kit import differences
 from tests.test_kernel_passes import check
 from tests.threaded import run_threaded
 
-# cut evenly, unevenly, so that ranks hold nothing, and in strips
+# cut evenly, unevenly, in strips
 SHAPES = ((9, 1376), (3, 4, 1004), (33, 140), (12, 2748), (70, 64))
 ODD = ((7, 2753), (70, 131), (300, 33))
 STATES = {
@@ -41,6 +41,8 @@ PLACES = {  # mesh and placements of columns
     "3": ((3,), (Shard(1),)),
     "2 x 2": ((2, 2), (Shard(0), Shard(1))),
     "strips": ((2, 2), (Shard(1), Shard(1))),
+    "3 x 2": ((3, 2), (Shard(0), Shard(1))),
+    "8": ((8,), (Shard(1),)),
 }
 
 
@@ -179,6 +181,21 @@ def test_the_short_way_is_the_same_way(taken, monkeypatch):
     for (mine, asked), (others, counts) in zip(*found):
         assert asked == counts
         assert [differences(a, b) for a, b in zip(mine, others)] == [[]] * len(SHAPES)
+
+
+@pytest.mark.parametrize(
+    "name, place, shape",
+    [("adamw", "3 x 2", (2, 4099)), ("adamw", "8", (200, 33)), ("centred", "3 x 2", (2, 4096))],
+)
+def test_ranks_that_hold_nothing(name, place, shape, taken):
+    """No row, or no column, of anything that is asked: they take part in every message. Kills: a repeated round that
+    leaves them, or a kind of ask, out."""
+    make = {
+        "adamw": adamw("int8"),
+        "centred": partial(shardopt.Lion, state="bf16", addons=["gradient_centralization", "cautious"]),
+    }[name]
+    compare(place, make, exact=name == "adamw", shapes=(shape,))
+    assert all(taken) and taken
 
 
 @pytest.mark.parametrize("sizes", [(256,), (64, 512), (8, 32, 256), (256, 1024)])

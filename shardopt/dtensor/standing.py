@@ -20,12 +20,13 @@ class Held:
     """
 
     def __init__(self, xs: Sequence[Tensor], flats: Sequence[Tensor]) -> None:
-        self.flats = [flat for flat in flats if flat.numel()]
+        self.flats = list(flats)
         self.sizes = [x.numel() for x in xs]
         self.begins = (np.cumsum(self.sizes) - self.sizes).astype(np.int64).tolist()
         self.device = flats[0].device
-        bases = np.cumsum([0, *(flat.numel() for flat in self.flats)]).tolist()
-        base_of = {flat.untyped_storage().data_ptr(): base for flat, base in zip(self.flats, bases)}
+        some = [flat for flat in flats if flat.numel()]
+        bases = np.cumsum([0, *(flat.numel() for flat in some)]).tolist()
+        base_of = {flat.untyped_storage().data_ptr(): base for flat, base in zip(some, bases)}
         places = [base_of[x.untyped_storage().data_ptr()] + x.storage_offset() if x.numel() else 0 for x in xs]
         self.taken = indices(places, self.sizes).to(self.device)
 
@@ -85,9 +86,8 @@ class Standing:
 
     def start(self) -> None:
         """Begin to answer what the flat tensors hold now."""
-        self.values = {kind: held.take() for kind, held in self.held.items() if held.count}
-        if True in self.values:
-            self.values[True] = ordered(self.values[True])
+        self.values = {kind: held.take() for kind, held in self.held.items()}  # also where nothing is local
+        self.values[True] = ordered(self.values[True])
         self.sent = 0
         self.counter.rounds += bool(self.messages)
         self.issue()
@@ -108,19 +108,18 @@ class Standing:
             values.index_copy_(0, members, flat.to(values.device))
             self.pending = None
             self.issue()
-        if False in self.values:
-            torch.div(self.values[False], self.counts, out=self.answers)
-            self.lines.copy_(self.answers)
-        if True in self.values:
-            self.maxima.copy_(unordered(self.values[True]))
+        torch.div(self.values[False], self.counts, out=self.answers)
+        self.lines.copy_(self.answers)
+        self.maxima.copy_(unordered(self.values[True]))
         del self.values
 
 
 def indices(begins: Sequence[int], sizes: Sequence[int]) -> Tensor:
     """The numbers begin, begin + 1, ... of every stretch, one after another; int64."""
-    ends = np.cumsum(sizes, dtype=np.int64)
-    within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - sizes, sizes)
-    return torch.from_numpy(np.repeat(np.array(begins, dtype=np.int64), sizes) + within)
+    counts = np.array(sizes, dtype=np.int64)
+    ends = np.cumsum(counts)
+    within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
+    return torch.from_numpy(np.repeat(np.array(begins, dtype=np.int64), counts) + within)
 
 
 def count(layout: Layout, ask: Any) -> int:
