@@ -4,7 +4,18 @@
 
 namespace shardopt {
 
-// The recurrences of factored slots: 1024 rows or columns a CTA.
+// f(i) for the 1024 entries of a row that a CTA takes.
+template <class Cta, class Row, class F>
+HD void shared_out(Cta& cta, const Row& s, i64 block, F&& f) {
+  cta.warps([&](int warp, auto& team) {
+    team.lanes([&](auto&, int lane) {
+      const i64 first = (block - s.tile0) * 1024, last = first + 1024 < s.count ? first + 1024 : s.count;
+      for (i64 i = first + warp * 32 + lane; i < last; i += warps * 32) f(i);
+    });
+  });
+}
+
+// The recurrences of factored slots.
 template <class K>
 struct Settling {
   struct Member {};
@@ -20,17 +31,11 @@ struct Settling {
       Numbers<K> numbers(a, s.group);
       cta.shared.decay = (float)K::Rule::decay(numbers.n, (double)*s.step + 1);
     });
-    cta.warps([&](int warp, auto& team) {
-      team.lanes([&](auto&, int lane) {
-        const i64 first = (block - s.tile0) * 1024, last = first + 1024 < s.count ? first + 1024 : s.count;
-        for (i64 i = first + warp * 32 + lane; i < last; i += warps * 32)
-          s.part[i] = Factored::moved(s.part, s.means, cta.shared.decay, i);
-      });
-    });
+    shared_out(cta, s, block, [&](i64 i) { s.part[i] = Factored::moved(s.part, s.means, cta.shared.decay, i); });
   }
 };
 
-// The numbers of blocks that lie on several ranks: 1024 a CTA.
+// The numbers of blocks that lie on several ranks.
 template <class K>
 struct Closing {
   struct Member {};
@@ -40,12 +45,7 @@ struct Closing {
     if (skipped(a.taken)) return;
     block += told(a).first;
     const Close& s = row_of<Close>(a, block);
-    cta.warps([&](int warp, auto& team) {
-      team.lanes([&](auto&, int lane) {
-        const i64 first = (block - s.tile0) * 1024, last = first + 1024 < s.count ? first + 1024 : s.count;
-        for (i64 i = first + warp * 32 + lane; i < last; i += warps * 32) K::close(s, i);
-      });
-    });
+    shared_out(cta, s, block, [&](i64 i) { K::close(s, i); });
   }
 };
 

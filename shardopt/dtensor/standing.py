@@ -1,5 +1,6 @@
 """A round that is asked in every step alike: answered for all parameters at once, not for one after another."""
 
+import itertools
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -60,7 +61,9 @@ class Standing:
         self.counter = counter
         self.pending: Any = None
         highest = [isinstance(ask, Max) for _, ask in asked]
-        place = [highest[:i].count(kind) for i, kind in enumerate(highest)]  # of each ask, among those of its kind
+        among = {kind: itertools.count() for kind in (False, True)}
+        place = [next(among[its]) for its in highest]  # of each ask, among those of its kind
+        self.kinds = sorted(set(highest))  # that anybody asks, whatever is local
         self.held = {
             kind: Held(
                 [ask.x for (_, ask), its in zip(asked, highest) if its == kind],
@@ -86,8 +89,9 @@ class Standing:
 
     def start(self) -> None:
         """Begin to answer what the flat tensors hold now."""
-        self.values = {kind: held.take() for kind, held in self.held.items()}  # also where nothing is local
-        self.values[True] = ordered(self.values[True])
+        self.values = {kind: self.held[kind].take() for kind in self.kinds}
+        if True in self.values:
+            self.values[True] = ordered(self.values[True])
         self.sent = 0
         self.counter.rounds += bool(self.messages)
         self.issue()
@@ -108,9 +112,11 @@ class Standing:
             values.index_copy_(0, members, flat.to(values.device))
             self.pending = None
             self.issue()
-        torch.div(self.values[False], self.counts, out=self.answers)
-        self.lines.copy_(self.answers)
-        self.maxima.copy_(unordered(self.values[True]))
+        if False in self.values:
+            torch.div(self.values[False], self.counts, out=self.answers)
+            self.lines.copy_(self.answers)
+        if True in self.values:
+            self.maxima.copy_(unordered(self.values[True]))
         del self.values
 
 

@@ -4,25 +4,20 @@ Every rank holds the numbers of all blocks of its rows. A pass finds the extreme
 keeps; the writing pass reads the answers; the stored numbers change last, when nobody needs the old ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from shardopt.asks import Max
 from shardopt.kernels.key import Key
-from shardopt.kernels.twins import Round
+from shardopt.kernels.twins import LARGEST, LEAST
 from shardopt.state import part_name
 
 ASKED = slice(2, 4)  # columns of a `Close` of csrc/step.h
-LARGEST, LEAST = "largest", "least"
-
-
-def of_blocks(asked: Round) -> bool:
-    """Whether a round asks extremes of blocks."""
-    return asked[0] == LARGEST
 
 
 class Blocks:
@@ -72,12 +67,12 @@ class Blocks:
         rows[:, ASKED] = np.array(told, dtype=np.int64).reshape(-1, 2)
 
 
-def stored_by(key: Key, item: Any) -> list[list[int]]:
+def stored_by(key: Key, geo: Any, state: Mapping[str, Tensor], codecs: Any) -> list[list[int]]:
     """Pointers to the numbers of a parameter's blocks, slot by slot of those that ask."""
     return [
         [
-            item.state[part_name(slot.slot, part.suffix)].data_ptr()
-            for part in item.codecs[slot.slot].parts(item.layout.geo.view)
+            state[part_name(slot.slot, part.suffix)].data_ptr()
+            for part in codecs[slot.slot].parts(geo.view)
             if part.reducible
         ]
         for slot in key.across

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from shardopt.asks import Ask, Asking
 from shardopt.kernels.call import Call
-from shardopt.kernels.extremes import Blocks, of_blocks, stored_by
+from shardopt.kernels.extremes import Blocks, stored_by
 from shardopt.kernels.key import Key
 from shardopt.kernels.lines import Lines
 from shardopt.kernels.rounds import asks_of, rows_at, size_of, values_of, whole_of
 from shardopt.kernels.spans import PARAMETER, PIECE0, ROWS0, Places, Shape
-from shardopt.kernels.twins import FACTORED, SQUARES, WHOLE, Round, sums_rows
+from shardopt.kernels.twins import FACTORED, SQUARES, WHOLE, Round, of_blocks, sums_rows
 
 MEANS = 1  # a column of a `Settle` of csrc/step.h
 LANES, SETTLED = 32, 1 << 10  # results of a CTA, see csrc/passes.h
@@ -59,7 +59,6 @@ class AskingCall(Call):
         self.lines: list[tuple[int, int]] = []  # pointers to the rows and columns of a factored slot
         self.matrices: list[tuple[Any, Mapping[str, Any], Any, Mapping[str, Tensor], Any]] = []  # what `Lines` is given
         self.key = key
-        self.stored: list[list[list[int]]] = []  # where the numbers of blocks are that lie on several ranks
         self.adjusted: dict[tuple[int, float], Mapping[str, Any]] = {}
 
     def add(self, item: Any, key: Key, shape: Shape, member: int) -> None:
@@ -72,7 +71,6 @@ class AskingCall(Call):
         self.owners.append(len(self.groups) - 1)
         self.device = item.p.device
         self.matrices.append((item.recipe.rule, item.group, item.layout.geo, item.state, item.codecs))
-        self.stored.append(stored_by(key, item))
 
     def numbers_of(self, item: Any) -> Mapping[str, Any]:
         if WHOLE not in self.rounds:
@@ -97,7 +95,7 @@ class AskingCall(Call):
         self.answers = np.zeros((len(self.views), sum(map(len, self.rounds))), dtype=np.int64)
         self.settles = self.settling()
         self.blocks = Blocks(self.key, [geo for _, _, geo, _, _ in self.matrices], self.device)
-        rows = self.blocks.rows(self.stored)
+        rows = self.blocks.rows([stored_by(self.key, *about) for _, _, *about in self.matrices])
         self.closes = counted(rows, -(-rows[:, -1] // SETTLED))
         sizes = [[sum(size_of(word, view) for word in asked) for view in self.views] for asked in self.rounds]
         self.out = torch.zeros(sum(map(sum, sizes)), dtype=torch.float64, device=self.device)
@@ -198,11 +196,13 @@ class AskingCall(Call):
             xs = [torch.empty(view, device=self.device) for view in self.views]
             self.answered(which, [[x.data_ptr()] for x in xs])  # until then it lies where the answer will
             asks = {member: (whole_of(x, *about[:3]),) for member, x, about in zip(self.members, xs, self.matrices)}
-        answers = self.answers.copy()
+        here, lying = self.columns(which), None
         if of_blocks(self.rounds[which]):
-            self.answers[:, self.columns(which)] = self.blocks.begin()  # the pass raises what lies there
+            lying = self.answers[:, here].copy()
+            self.answers[:, here] = self.blocks.begin()  # the pass raises what lies there
         self.function.sums(which, self.spans, numbers, self.told[which], taken)
-        self.answers[:] = answers
+        if lying is not None:
+            self.answers[:, here] = lying
         if self.rounds[which] == SQUARES:
             asks = {member: line.asked(x) for member, line, x in zip(self.members, lines, self.squares[which])}
         return asks

@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from shardopt.asks import Ask, Mean, Sum, Whole
-from shardopt.kernels.extremes import LARGEST, LEAST, of_blocks
-from shardopt.kernels.twins import SQUARES, WHOLE, Round, sums_rows
+from shardopt.kernels.twins import LARGEST, LEAST, SQUARES, WHOLE, Round, of_blocks, sums_rows
 from shardopt.rules import Hyper
 
 

@@ -31,6 +31,9 @@ WHOLE: Round = ("whole",)
 SQUARES: Round = ("row squares",)  # sums of squares of every row, answered by a float a row: see `lines`
 
 
+LARGEST, LEAST = "largest", "least"  # of every block
+
+
 class Extremes(NamedTuple):
     """What is asked of a slot whose blocks lie on several ranks: their largest magnitudes and, where `least`, their
     smallest positive values. at: the slot's place among those of the kernel."""
@@ -42,7 +45,12 @@ class Extremes(NamedTuple):
 
     @property
     def words(self) -> Round:
-        return ("largest", "least") if self.least else ("largest",)
+        return (LARGEST, LEAST) if self.least else (LARGEST,)
+
+
+def of_blocks(asked: Round) -> bool:
+    """Whether a round asks extremes of blocks."""
+    return asked[0] == LARGEST
 
 
 def sums_rows(asked: Round) -> bool:
