@@ -12,6 +12,7 @@ from torch import nn
 
 import shardopt
 
+from . import runlog
 from .config import Config
 from .data import Corpus
 
@@ -28,13 +29,22 @@ class Checkpoints:
         self.config, self.model, self.optimizer, self.corpus = config, model, optimizer, corpus
         self.path = Path(config.out) / "checkpoints"
         self.pending: Any = None
+        self.held: Any = None  # open for as long as the folder is this run's
         self.saved = -1
 
     def restore(self) -> int:
         """Load the latest checkpoint, if there is one; the number of updates done."""
         # Rank 0 looks for all: what another machine sees of a shared folder may be late.
-        found = [any(self.path.glob("step_" + "[0-9]" * 8))]
+        found: list[Any] = [False, ""]
+        if dist.get_rank() == 0:
+            try:
+                self.held = runlog.claim(self.path.parent)
+                found[0] = any(self.path.glob("step_" + "[0-9]" * 8))
+            except ValueError as error:
+                found[1] = str(error)
         dist.broadcast_object_list(found)
+        if found[1]:
+            raise ValueError(found[1])
         if self.config.resume == "never" and found[0]:
             raise ValueError(f"{self.path} holds checkpoints; with --resume never choose another --out or remove them")
         extra = shardopt.load_checkpoint(self.path, self.model, self.optimizer, step="latest") if found[0] else None

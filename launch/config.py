@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import sys
 from pathlib import Path
 from typing import Any, get_type_hints
+
+from shardopt.spelling import near
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -123,8 +124,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     hints = get_type_hints(Config)
     for key, value in flat.items():
         if key not in names:
-            near = difflib.get_close_matches(key, names, n=3) or names
-            raise ValueError(f"{path}: unknown option {key!r}; did you mean {', '.join(near)}?")
+            meant = near(key, names) or f"; there are {', '.join(names)}"
+            raise ValueError(f"{path}: unknown option {key!r}{meant}")
         kind = hints[key]
         if kind is float and type(value) is int:
             flat[key] = float(value)

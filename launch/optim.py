@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
 import shardopt
+from shardopt.spelling import near
 
 from .config import Config
 
@@ -46,9 +46,8 @@ def find(name: str) -> Any:
             return found
     every = [x for x in dir(shardopt) if isinstance(getattr(shardopt, x), type)]
     names = [x for x in every if issubclass(getattr(shardopt, x), torch.optim.Optimizer)]
-    near = difflib.get_close_matches(name, names, n=1)
-    words = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"shardopt has no optimizer {name!r}; it has {', '.join(names)}, torch-adamw is torch's{words}")
+    has = f"it has {', '.join(names)}, torch-adamw is torch's"
+    raise ValueError(f"shardopt has no optimizer {name!r}; {has}{near(name, names)}")
 
 
 def build(model: nn.Module, config: Config) -> torch.optim.Optimizer:

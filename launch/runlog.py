@@ -1,11 +1,42 @@
-"""The run's JSONL log: one line an update, cut back to the restored step when a run resumes."""
+"""A run's folder: held by one run at a time; its JSONL log, a line an update, cut back to the restored step."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import socket
+import time
 from pathlib import Path
 from typing import Any, TextIO
+
+
+def claim(out: Path, patience: float = 20.0) -> TextIO:
+    """The open file that holds the folder until it is closed or its process ends; another run's is waited for so many
+    seconds, since ranks outlive a killed torchrun for a while. ValueError where that run goes on.
+
+    A file system without locks holds nothing.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    file = (out / "lock").open("a+", encoding="utf-8")
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.2)
+                continue
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            file.close()
+            raise ValueError(f"another run is at work in {out} ({holder}); stop it or choose another --out") from None
+        except OSError:
+            return file
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        return file
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -104,6 +104,11 @@ def moved_last_part(opt):
     torch.utils.swap_tensors(part, part.clone())
 
 
+def moved_middle_part(opt):
+    part = opt.state[opt.param_groups[0]["params"][0]]["exp_avg.sqrt8"]
+    part.data = part.data.clone()
+
+
 def another_part(opt):
     opt.state[opt.param_groups[0]["params"][1]]["of somebody else"] = torch.zeros(3)
 
@@ -144,8 +149,8 @@ def exchanged(opt):
 
 CHANGES = (
     another_gradient, strided, halved, under_way, another_class, moved, exchanged_inside, replaced_part, moved_state,
-    moved_last_part, another_part, rescaled, skipping, upwards, another_parameter, fewer_parameters, reordered,
-    exchanged,
+    moved_last_part, moved_middle_part, another_part, rescaled, skipping, upwards, another_parameter, fewer_parameters,
+    reordered, exchanged,
 )  # fmt: skip
 
 

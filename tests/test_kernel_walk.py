@@ -137,6 +137,20 @@ def other_placements(opt, params, walk):
     params[1].grad = DTensor.from_local(g._local_tensor, g.device_mesh)  # replicated
 
 
+def other_part(opt, params, walk):
+    part = opt.state[params[1]]["exp_avg"]
+    part._local_tensor = part._local_tensor.clone()
+
+
+def part_freed(opt, params, walk):
+    opt.state[params[1]]["exp_avg"]._local_tensor.untyped_storage().resize_(0)
+
+
+def part_moved(opt, params, walk):
+    local = opt.state[params[1]]["exp_avg"]._local_tensor
+    local.data = local.clone()
+
+
 def unlike(opt, params, walk):
     class Unlike:
         def __eq__(self, other):
@@ -148,7 +162,7 @@ def unlike(opt, params, walk):
 CHANGES = (
     empty_dict, other_dict, no_state, thawed, under_way, local_dtype, local_size, local_stride, local_sparse,
     local_opaque, local_none, local_gone, spec_gone, local_freed, parameter_freed, parameter_swapped, other_local,
-    other_placements, unlike,
+    other_placements, other_part, part_freed, part_moved, unlike,
 )  # fmt: skip
 
 
@@ -221,9 +235,7 @@ def test_it_keeps_nothing(change):
             if change is not None:
                 change(opt, params, walk)
             looked(opt, walk)
-            for _ in range(
-                3
-            ):  # another thread may take or give back what all share, such as the word "grad", meanwhile
+            for _ in range(3):  # another thread may meanwhile take or give back what all share, such as the word "grad"
                 before = counted(opt, params, walk)
                 for _ in range(100):
                     looked(opt, walk)

@@ -51,7 +51,7 @@ def test_shipped_configurations_parse():
 def test_wrong_options_are_refused_with_words(tmp_path, capsys):
     file = tmp_path / "run.toml"
     file.write_text("step = 3\n")
-    with pytest.raises(ValueError, match="did you mean steps"):
+    with pytest.raises(ValueError, match="did you mean 'steps'"):
         options.parse(["--config", str(file)])
     with pytest.raises(ValueError, match="kv_heads 3"):
         Config(kv_heads=3)

@@ -41,9 +41,12 @@ struct Parameter {  // that is stepped
   const void* seen[5];    // the last gradient, its local tensor, their implementations, the storage: they may be gone
 };
 struct State {
-  Object *dict, *last;  // last: the local tensor of the last part, null where there is none
-  const void* home;     // where that lies
+  Object* dict;
   i64 parts;
+};
+struct Part {  // of a state
+  Object *part, *local;  // local: part itself, of a DTensor what is here
+  const void* home;      // where that lies
 };
 
 struct Told {
@@ -58,7 +61,8 @@ struct Told {
   i64 others;
   const State* stored;
   i64 kept;
-  Object* const* parts;  // of all states
+  const Part* parts;  // of all states
+  i64 pieces;
 };
 
 constexpr int equal = 2;                                    // Py_EQ
@@ -156,24 +160,31 @@ struct Walk {
   bool states(Object* all) const {
     const State* rows = told.stored;
     const i64 count = told.kept;
-    Object* const* parts = told.parts;
+    i64 piece = 0, i = 0;
     Object *key, *value;
-    i64 i = 0;
     for (i64 at = 0; python.next(all, &at, &key, &value); i++) {
       if (i == count || value != rows[i].dict) return false;
-      if (i + farther < count) fetch(rows[i + farther].dict), fetch(rows[i + farther].last);
+      if (i + farther < count) fetch(rows[i + farther].dict);
       if (i + far < count) fetch_content(rows[i + far].dict);
-      if (i + far < count && rows[i + far].last) fetch_impl(rows[i + far].last);
-      if (i + near < count && rows[i + near].last) fetch_storage(rows[i + near].last);
       const State& row = rows[i];
-      i64 k = 0;
+      const i64 end = piece + row.parts;
       Object* part;
-      for (i64 in = 0; python.next(row.dict, &in, &key, &part); k++)
-        if (k == row.parts || part != parts[k]) return false;
-      if (k != row.parts || (row.last && !lies(row.last, row.home))) return false;
-      parts += k;
+      for (i64 in = 0; python.next(row.dict, &in, &key, &part); piece++)
+        if (piece == end || !kept(piece, part)) return false;
+      if (piece != end) return false;
     }
     return i == count;
+  }
+  // A part that is what it was, where it was.
+  bool kept(i64 which, const Object* part) const {
+    const Part* rows = told.parts + which;
+    const i64 left = told.pieces - which;
+    if (farther < left) fetch(rows[farther].part), fetch(rows[farther].local);
+    if (far < left) fetch_impl(rows[far].local);
+    if (near < left) fetch_storage(rows[near].local);
+    if (part != rows->part) return false;
+    if (part != rows->local && slot(part, torch.local_tensor) != rows->local) return false;
+    return lies(rows->local, rows->home);
   }
 
   // The very same parameters, in lists of groups.

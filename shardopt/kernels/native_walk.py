@@ -135,15 +135,14 @@ class NativeWalk(Walk):
         columns += [map(id, row) for row in self.types]
         columns += [[dtype_code(shim, dtype) for dtype in self.dtypes], self.sizes]
         rows = table([*columns, *[[0] * len(gradients)] * SEEN])
-        ends = [0 if part is None else id(part) for part in self.held]
-        stored = table([map(id, self.states), ends, self.homes, map(len, self.states)])
+        stored = table([map(id, self.states), map(len, self.states)])
+        parts = table([map(id, self.parts), map(id, self.held), self.homes])
         self.found = np.zeros(len(gradients), dtype=np.int64)
-        every, idle, parts = (table([map(id, some)]) for some in (self.parameters, self.idle, self.parts))
+        every, idle = (table([map(id, some)]) for some in (self.parameters, self.idle))
         ranges = [every.ctypes.data, len(every), rows.ctypes.data, len(rows), self.found.ctypes.data]
-        ranges += [idle.ctypes.data, len(idle), stored.ctypes.data, len(stored), parts.ctypes.data]
-        self.told = np.array(
-            [*words, *(slots([*self.stepped, *gradients]) if self.specs else (0, 0)), *ranges], dtype=np.int64
-        )
+        ranges += [idle.ctypes.data, len(idle), stored.ctypes.data, len(stored), parts.ctypes.data, len(parts)]
+        members = slots([*self.stepped, *gradients, *self.sharded]) if self.specs else (0, 0)
+        self.told = np.array([*words, *members, *ranges], dtype=np.int64)
         self.at = self.told.ctypes.data
         self.tables = every, rows, idle, stored, parts
 

@@ -19,9 +19,10 @@ class Walk:
         self.idle = [p for p in self.parameters if p.grad is None]
         self.states = list(dict.values(states))
         self.parts = list(chain.from_iterable(map(dict.values, self.states)))
-        ends = [next(reversed(state.values()), None) for state in self.states]
-        self.held = [getattr(part, "_local_tensor", part) for part in ends]  # of a state that is moved all is moved
-        self.homes = [0 if part is None else part.data_ptr() for part in self.held]
+        self.held = [getattr(part, "_local_tensor", part) for part in self.parts]
+        self.homes = [local.data_ptr() for local in self.held]
+        self.sharded = [part for part in self.parts if hasattr(part, "_local_tensor")]
+        self.shards = [part._local_tensor for part in self.sharded]
         self.locals = [getattr(p, "_local_tensor", p) for p in self.stepped]
         self.addresses = [local.data_ptr() for local in self.locals]
         self.specs = [p.grad._spec for p in self.stepped if hasattr(p.grad, "_spec")]
@@ -65,12 +66,14 @@ class Walk:
             return None
 
     def kept(self, states: Any) -> bool:
-        """Whether the states are the same tensors, and the last of each where it was."""
+        """Whether the states are the same tensors where they were."""
         if len(self.states) != dict.__len__(states) or not all(map(is_, dict.values(states), self.states)):
             return False
         if not same(list(chain.from_iterable(map(dict.values, self.states))), self.parts):
             return False
-        return [0 if part is None else part.data_ptr() for part in self.held] == self.homes
+        with torch._C.DisableTorchFunctionSubclass():
+            there = same([part._local_tensor for part in self.sharded], self.shards)
+            return there and [local.data_ptr() for local in self.held] == self.homes
 
 
 def same(these: Sequence[Any], those: Sequence[Any]) -> bool:
