@@ -1,6 +1,6 @@
 """Routes a model's parameters by role: matrices to the optimizer asked for, the rest to one that suits them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -32,17 +32,24 @@ def roles(model: nn.Module, overrides: Mapping[str, str] | None = None) -> dict[
     the first that matches wins; ValueError for one that matches nothing.
     """
     found = {name: role_of(name, p, owner) for name, p, owner in owned(model) if p.requires_grad}
-    unused = dict.fromkeys(overrides or ())
-    for name in found:
-        for pattern, role in (overrides or {}).items():
+    for pattern, role in (overrides or {}).items():
+        choice(f"the role of {pattern!r}", role, ROLES)
+    return found | matched(found, overrides or {}, "parameter")
+
+
+def matched(names: Collection[str], patterns: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Name -> the value of the first pattern that it matches, for those that match one. ValueError for a pattern that
+    is no name's first."""
+    found, unused = {}, dict.fromkeys(patterns)
+    for name in names:
+        for pattern, value in patterns.items():
             if fnmatchcase(name, pattern):
-                choice(f"the role of {pattern!r}", role, ROLES)
                 unused.pop(pattern, None)
-                found[name] = role
+                found[name] = value
                 break
     if unused:
-        words = f"no parameter is named like {', '.join(map(repr, unused))}; a pattern is of whole names, as '*.gate.*'"
-        raise ValueError(words + near(next(iter(unused)), found))
+        words = f"no {what} is named like {', '.join(map(repr, unused))}; a pattern is of whole names, as '*.gate.*'"
+        raise ValueError(words + near(next(iter(unused)), names))
     return found
 
 
@@ -94,8 +101,9 @@ def build_optimizer(
     options: of the preset `name`; `<role>_<option>` of one role's ("embedding_lr", "head_state", "vector_betas"),
     `aux_<option>` of all but the matrices; fused, nonfinite, seed of the optimizer. Where nothing is said, all roles
     share lr (Muon's is then scaled to AdamW's RMS: adjust_lr_fn="match_rms_adamw"), and embeddings, heads and vectors
-    have no weight decay and fp32 states. overrides: see `roles`. Every group holds its `role`. ValueError for what no
-    preset reads.
+    have no weight decay and fp32 states. overrides: see `roles`. split, Muon's blocks of rows, may be patterns of names
+    too, {"*.wqkv.weight": (4096, 1024, 1024), "*.wq.weight": 128}: a group of matrices for each split. Every group
+    holds its `role`. ValueError for what no preset reads.
     """
     name, aux = name.lower(), aux.lower()
     shared = {key: options.pop(key) for key in OF_THE_OPTIMIZER if key in options}
@@ -114,10 +122,25 @@ def build_optimizer(
     groups = []
     for role in ROLES:
         chosen = {"lr": lr, **USUAL.get(role, {}), **(given["aux"] if role != "matrix" else {}), **given[role]}
-        if members[role]:
-            group, recipe = group_of(name if role == "matrix" else aux, members[role], chosen)
-            groups.append({**group, "params": members[role], "recipe": recipe, "role": role})
+        for asked, some in by_split(members[role], chosen):
+            group, recipe = group_of(name if role == "matrix" else aux, some, asked)
+            groups.append({**group, "params": some, "recipe": recipe, "role": role})
     return ShardedOptimizer(groups, **shared)
+
+
+def by_split(
+    members: Sequence[tuple[str, Tensor]], options: Mapping[str, Any]
+) -> list[tuple[Mapping[str, Any], list[tuple[str, Tensor]]]]:
+    """(options, members) of every group: one, or where `split` is patterns one a split, those without first."""
+    split = options.get("split")
+    if not members or not isinstance(split, Mapping):
+        return [(options, list(members))] if members else []
+    found = matched(dict(members), split, "matrix")
+    groups: dict[Any, list[tuple[str, Tensor]]] = {}
+    for name, p in sorted(members, key=lambda member: member[0] in found):
+        blocks = found.get(name)
+        groups.setdefault(tuple(blocks) if isinstance(blocks, list) else blocks, []).append((name, p))
+    return [({**options, "split": blocks}, some) for blocks, some in groups.items()]
 
 
 def group_of(

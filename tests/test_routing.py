@@ -77,6 +77,25 @@ def test_options_meet_the_real_parameters():
         shardopt.build_optimizer(model, lr=0.1, split=50)
 
 
+def test_splits_by_name():
+    """Fused q, k, v and heads where they are, other matrices whole. Kills: blocks of another pattern's, a pattern that
+    matches nothing or only a vector, a matrix in no group or in two."""
+    splits = {"qkv.*": [32, 32, 32], "*experts": 16, "pos_*": 16}
+    opt = shardopt.build_optimizer(Model(), "muon", lr=0.1, split=splits)
+    groups = [(g["param_names"], g["split"]) for g in opt.param_groups if g["role"] == "matrix"]
+    assert groups == [
+        (["conv.weight", "output.output.weight"], None), (["pos_embed", "experts"], 16), (["qkv.weight"], (32, 32, 32)),
+    ]  # fmt: skip
+    names = [name for group in opt.param_groups for name in group["param_names"]]
+    assert sorted(names) == sorted(ROLES)
+    with pytest.raises(ValueError, match=r"no matrix is named like 'qvk.weight'.*; did you mean 'qkv.weight'"):
+        shardopt.build_optimizer(Model(), "muon", lr=0.1, split={"qvk.weight": 32})
+    with pytest.raises(ValueError, match=r"no matrix is named like '\*\.bias'"):
+        shardopt.build_optimizer(Model(), "muon", lr=0.1, split={"*.bias": 32})
+    with pytest.raises(ValueError, match=r"conv\.weight has 16 rows, which split=5 does not divide"):
+        shardopt.build_optimizer(Model(), "muon", lr=0.1, split={"conv.*": 5})
+
+
 def test_overrides():
     found = shardopt.roles(Model(), {"pos_*": "embedding", "output.*": "head", "*": "vector"})
     assert (found["pos_embed"], found["output.output.weight"], found["qkv.weight"]) == ("embedding", "head", "vector")
