@@ -100,7 +100,7 @@ def test_a_step_that_is_not_taken(gpu, monkeypatch):  # noqa: F811
     assert gpu
 
 
-@pytest.mark.parametrize("kind, arch", zip(KINDS, ("sm_80", "sm_90", "sm_100", "sm_90"), strict=True))
+@pytest.mark.parametrize("kind, arch", list(zip(KINDS, ("sm_80", "sm_90", "sm_100", "sm_90"), strict=True)))
 def test_compiles_without_spills(kind, arch):
     """Kills: rows' factors in an array that is indexed by a variable."""
     try:

@@ -173,7 +173,7 @@ def test_steps_from_what_is_stored(rule, on, monkeypatch):
         compare(RULES[rule](), state, ("decay",), dtype=dtype, recipe=chosen, shapes=shapes)
 
 
-@pytest.mark.parametrize("rule, arch", zip(STORED, ("sm_80", "sm_90", "sm_100")))
+@pytest.mark.parametrize("rule, arch", list(zip(STORED, ("sm_80", "sm_90", "sm_100"))))
 def test_previews_compile_without_spills(rule, arch):
     """Kills: registers indexed by the number of the preview."""
     try:
