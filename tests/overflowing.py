@@ -1,4 +1,4 @@
-"""For tests/test_sanitize.py: a kernel that reads an array, and one that reads a number too many."""
+"""For tests/test_sanitize.py: kernels that keep within their arrays and numbers, and that do not."""
 
 import ctypes
 from typing import NamedTuple
@@ -10,8 +10,12 @@ from shardopt.kernels import cpu
 
 
 class Kernel(NamedTuple):
-    cpp: str = 'extern "C" float shardopt_last(const float* x, int n) { return x[n - 1]; }\n'
-    words: str = "the last of n"
+    cpp: str = """extern "C" {
+float shardopt_last(const float* x, int n) { return x[n - 1]; }
+int shardopt_shifted(int by) { return 1 << by; }
+}
+"""
+    words: str = "for a sanitizer"
     passes: bool = False
 
     def source(self, backend: str) -> str:
@@ -24,3 +28,8 @@ def test_last(beyond):
     last = cpu.library(Kernel()).shardopt_last
     last.restype = ctypes.c_float
     last(ctypes.c_void_p(x.data_ptr()), 33 + beyond)
+
+
+@pytest.mark.parametrize("by", [30, 40])
+def test_shifted(by):
+    cpu.library(Kernel()).shardopt_shifted(by)
