@@ -40,8 +40,8 @@ class Checkpoints:
             try:
                 self.held = runlog.claim(self.path.parent)
                 found[0] = any(self.path.glob("step_" + "[0-9]" * 8))
-            except ValueError as error:
-                found[1] = str(error)
+            except (ValueError, OSError) as error:
+                found[1] = str(error)  # told to all, who would wait
         dist.broadcast_object_list(found)
         if found[1]:
             raise ValueError(found[1])

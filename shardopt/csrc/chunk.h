@@ -72,7 +72,8 @@ HD void Member<K, E, LANES, TILES>::chunk_of(const Span& s, const typename K::Sc
     };
     Cells<K, PASS, decltype(stored)> cells{old, fresh, want, 0, stored};
     if constexpr (K::held(PASS)) cells.factor = sink.factor(h.line, column + e, c, e);
-    if constexpr (K::Rule::answered && PASS > K::from_answer) cells.answer = all && !FULL && e >= n ? 0 : h.answer[column + e];
+    if constexpr (K::Rule::answered && PASS > K::from_answer)
+      cells.answer = in_registers && e >= n ? 0 : h.answer[column + e];  // which may end here
     float u = K::template direction<PASS>(x, d, cells, h, want);
     if constexpr (later) {
       directions[e] = u;
