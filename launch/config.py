@@ -91,6 +91,8 @@ class Config:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
         if self.dim % self.heads or (self.dim // self.heads) % 2:
             raise ValueError(f"dim {self.dim} over {self.heads} heads does not give an even head size")
+        if self.micro_batch < 0:
+            raise ValueError(f"micro_batch is {self.micro_batch}; give the sequences of a pass, or 0 for all at once")
         if min(self.steps, self.global_batch, self.context, self.tp, self.replicate, self.keep) < 1:
             raise ValueError("steps, global_batch, context, tp, replicate and keep are at least 1")
         for field in dataclasses.fields(self):
@@ -157,7 +159,7 @@ def parse(argv: list[str]) -> Config:
     while rest:
         key, equals, value = rest.pop(0).partition("=")
         if not key.startswith("--state.") or not (equals or rest):
-            parser.error(f"unknown argument {key}")
+            parser.error(f"unknown argument {key}{near(key, [f'--{name}' for name in hints])}")
         slots[key.removeprefix("--state.")] = value if equals else rest.pop(0)
     config = given.pop("config", None)
     options = (read_toml(config) if config else {}) | given

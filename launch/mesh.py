@@ -44,6 +44,8 @@ def start(config: Config) -> Place:
     kind = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
     if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("--device is cuda, but torch sees no GPU; use --device cpu or a torch made for this GPU")
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     if "RANK" in os.environ:

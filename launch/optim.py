@@ -45,14 +45,14 @@ def find(name: str) -> Any:
         if public.lower() == wanted and isinstance(found, type) and issubclass(found, torch.optim.Optimizer):
             return found
     every = [x for x in dir(shardopt) if isinstance(getattr(shardopt, x), type)]
-    names = [x for x in every if issubclass(getattr(shardopt, x), torch.optim.Optimizer)]
+    names = [x for x in every if issubclass(getattr(shardopt, x), torch.optim.Optimizer) and x != "ShardedOptimizer"]
     has = f"it has {', '.join(names)}, torch-adamw is torch's"
     raise ValueError(f"shardopt has no optimizer {name!r}; {has}{near(name, names)}")
 
 
 def build(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     groups = parameter_groups(model, config)
-    options: dict[str, Any] = {"lr": config.lr} | (json.loads(config.optimizer_args) if config.optimizer_args else {})
+    options: dict[str, Any] = {"lr": config.lr} | further(config.optimizer_args)
     if config.betas:
         options["betas"] = tuple(float(beta) for beta in config.betas.split(","))
     if config.optimizer == "torch-adamw":  # the peer to compare with: no codecs, no add-ons, no skipping
@@ -69,6 +69,17 @@ def build(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     return found(groups, nonfinite="skip", seed=config.seed, **options)
 
 
+def further(text: str) -> dict[str, Any]:
+    """The options that are given as JSON."""
+    try:
+        found = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        found = error
+    if not isinstance(found, dict):
+        raise ValueError(f"--optimizer_args is {text!r}; give a JSON object such as '{{\"momentum\": 0.9}}'")
+    return found
+
+
 def routed(model: nn.Module, config: Config, options: dict[str, Any]) -> torch.optim.Optimizer:
     """Muon and its kin for matrices; embedding, head and vectors to AdamW in the same optimizer, at their own rates."""
     for_all = {f"aux_{name}": options[name] for name in ("rounding",) if name in options}
@@ -76,18 +87,14 @@ def routed(model: nn.Module, config: Config, options: dict[str, Any]) -> torch.o
     ends = config.embed_lr or config.lr
     decay = config.weight_decay
     name = config.optimizer.replace("_", "").replace("-", "").lower()
-    shared: dict[str, Any] = {"nonfinite": "skip", "seed": config.seed, "embedding_lr": ends, "head_lr": ends}
+    shared: dict[str, Any] = {"nonfinite": "skip", "seed": config.seed, "embedding_lr": ends}
+    shared |= {} if config.tied else {"head_lr": ends}
     return shardopt.build_optimizer(model, name, weight_decay=decay, **shared, **for_all, **options)
 
 
 def bytes_per_parameter(optimizer: torch.optim.Optimizer) -> float:
     """Optimizer state, scales included, over all ranks."""
-    if type(optimizer) is not torch.optim.AdamW:
-        return float(shardopt.state_bytes(optimizer).per_parameter)
-    tensors = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors) / sum(
-        p.numel() for group in optimizer.param_groups for p in group["params"]
-    )
+    return float(shardopt.state_bytes(optimizer).per_parameter)
 
 
 def factor(step: int, config: Config) -> float:

@@ -114,10 +114,12 @@ def run(config: Config, stop: StopFlag) -> None:
 
 
 def main() -> None:
-    config = parse(sys.argv[1:])
     try:
-        run(config, StopFlag())
-    except ValueError as error:  # what the user can mend, in one line and not as a traceback a rank
+        run(parse(sys.argv[1:]), StopFlag())
+    except (
+        ValueError,
+        FileNotFoundError,
+    ) as error:  # what the user can mend, in one line and not as a traceback a rank
         if not dist.is_initialized() or dist.get_rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -19,16 +19,19 @@ def claim(out: Path, patience: float = 20.0) -> TextIO:
     """
     out.mkdir(parents=True, exist_ok=True)
     file = (out / "lock").open("a+", encoding="utf-8")
-    deadline = time.monotonic() + patience
+    deadline, told = time.monotonic() + patience, False
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() < deadline:
-                time.sleep(0.2)
-                continue
             file.seek(0)
             holder = file.read().strip() or "unknown"
+            if time.monotonic() < deadline:
+                if not told:
+                    print(f"waiting for another run to leave {out} ({holder})", flush=True)
+                told = True
+                time.sleep(0.2)
+                continue
             file.close()
             raise ValueError(f"another run is at work in {out} ({holder}); stop it or choose another --out") from None
         except OSError:

@@ -40,7 +40,10 @@ def complete(
     own = group.get("recipe")
     recipe = base if own is None or isinstance(own, str) else own
     if not isinstance(recipe, Recipe):
-        raise ValueError(f"a param group needs a recipe (of its own or the optimizer's); got {recipe!r}")
+        raise ValueError(
+            f"a param group needs a recipe, its own or the optimizer's, but has {recipe!r}; for AdamW with fp32 state "
+            "and decay give it 'recipe': shardopt.Recipe(shardopt.rules.AdamW(), 'fp32', ('decay',))"
+        )
     refuse(group)
     check_spelling(recipe, group)
     if misplaced := [name for name in ("nonfinite", "seed") if name in group]:

@@ -13,7 +13,7 @@ from shardopt.dtensor.cost import GIVEN
 from shardopt.dtensor.layout import local_of
 from shardopt.kernels import NoTwin, key_for
 from shardopt.kernels.cache import NoCompiler
-from shardopt.spelling import counted
+from shardopt.spelling import counted, first_of
 from shardopt.state import KEY, STEP
 
 WIDTH = 14  # of the column of titles
@@ -36,19 +36,19 @@ class StateBytes:
         return self.total / self.parameters if self.parameters else 0.0
 
     def __str__(self) -> str:
-        lines = [f"{name:32} {both[0]:>16,} {both[1]:>16,} bytes" for name, both in self.parts.items()]
+        lines = [f"{'':32} {'all ranks':>16} {'this rank':>16}"]
+        lines += [f"{name:32} {both[0]:>16,} {both[1]:>16,} bytes" for name, both in self.parts.items()]
         lines.append(f"{'state':32} {self.total:>16,} {self.local:>16,} bytes, {self.per_parameter:.4f} a parameter")
         return "\n".join(lines)
 
 
 def state_bytes(opt: Any) -> StateBytes:
-    """Bytes of the state of all parameters, by part: global, and on this rank (contiguous shards)."""
-    found = StateBytes()
-    opt.settle()
-    for p, name, part in stored(opt):
-        if name == STEP:
-            found.parameters += p.numel()
-        if name in (STEP, KEY):
+    """Bytes of the state of all parameters, by part: global, and on this rank (contiguous shards); also of torch's."""
+    if hasattr(opt, "settle"):
+        opt.settle()
+    found = StateBytes(parameters=sum(p.numel() for p, state in opt.state.items() if state))
+    for _, name, part in stored(opt):
+        if name in (STEP, KEY) or not isinstance(part, Tensor):
             continue
         whole, here = part.numel() * part.element_size(), local_of(part).numel() * part.element_size()
         before = found.parts.get(name, (0, 0))
@@ -73,7 +73,7 @@ def explain(opt: Any) -> str:
         lines.append(f"group {i}: {recipe.key()}")
         rows = {
             **({"role": str(group["role"])} if "role" in group else {}),
-            "parameters": f"{len(params):,} of {sum(p.numel() for p in params):,} elements",
+            "parameters": f"{len(params):,} of {sum(p.numel() for p in params):,} elements{named(group)}",
             "numbers": numbers(opt, i),
             **recipe.rule.details(list(dict.fromkeys(opt.plan(recipe, p).layout.geo.view for p in params))),
         }
@@ -88,6 +88,12 @@ def explain(opt: Any) -> str:
         f"{counted(answers.collectives, 'collective')}, {answers.bytes:,} bytes a rank"
     )
     return "\n".join(lines)
+
+
+def named(group: Any) -> str:
+    """The first names of a group's parameters, where it has them."""
+    names = group.get("param_names", ())
+    return f": {first_of(names, 3)}" if names else ""
 
 
 def numbers(opt: Any, i: int) -> str:

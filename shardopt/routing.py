@@ -1,5 +1,6 @@
 """Routes a model's parameters by role: matrices to the optimizer asked for, the rest to one that suits them."""
 
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -15,7 +16,10 @@ from shardopt.spelling import choice, near
 
 ROLES = ("matrix", "embedding", "head", "vector")
 EMBEDDINGS, POSITIONS = ("embed", "wte"), ("position", "pos_embed", "wpe", "time")
-HEADS = ("lm_head", "head", "output", "output_head", "unembed", "classifier", "score")
+HEADS = (
+    "lm_head", "head", "output", "output_head", "unembed", "unembedding", "embed_out", "logits", "to_logits",
+    "classifier", "score",
+)  # fmt: skip
 WRAPPERS = ("module", "model", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 NARROWEST, LONGEST = 4, 128  # orthogonalized: at least so many rows and columns, at most so many times longer than wide
 OF_THE_OPTIMIZER = ("fused", "nonfinite", "seed")
@@ -27,11 +31,23 @@ def roles(model: nn.Module, overrides: Mapping[str, str] | None = None) -> dict[
 
     vector: at most one dim, a bias, whatever a normalisation owns, what is too narrow or too long to be orthogonalized,
     and what its view would misread: a stack of matrices narrower than 32, a convolution whose kernel is 32 or longer.
-    embedding: of nn.Embedding, or named like one (not a position's). head: named like one. matrix: the rest, stacks and
-    convolutions included. Tied weights are embeddings. overrides: patterns of names ("layers.*.gate.weight") -> role,
-    the first that matches wins; ValueError for one that matches nothing.
+    embedding: of nn.Embedding, or named like one (not a position's). head: named like one (lm_head, head, output,
+    unembed, classifier, logits, ...), or, where none is, the only nn.Linear near the top of the model that has as many
+    rows as an nn.Embedding. matrix: the rest, stacks and convolutions included. Tied weights are embeddings. overrides:
+    patterns of names ("layers.*.gate.weight") -> role, the first that matches wins; ValueError for one that matches
+    nothing, or for what is no module.
     """
-    found = {name: role_of(name, p, owner) for name, p, owner in owned(model) if p.requires_grad}
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model is a {type(model).__name__}; give the module itself, whose names and modules tell roles"
+        )
+    every = [entry for entry in owned(model) if entry[1].requires_grad]
+    found = {name: role_of(name, p, owner) for name, p, owner in every}
+    if "head" not in found.values():
+        vocabularies = {p.shape[0] for _, p, owner in every if isinstance(owner, nn.Embedding)}
+        tops = [(name, p) for name, p, owner in every if isinstance(owner, nn.Linear) and len(words_of(name)) <= 2]
+        heads = [name for name, p in tops if found[name] == "matrix" and p.shape[0] in vocabularies]
+        found.update({name: "head" for name in heads} if len(heads) == 1 else {})
     for pattern, role in (overrides or {}).items():
         choice(f"the role of {pattern!r}", role, ROLES)
     return found | matched(found, overrides or {}, "parameter")
@@ -49,7 +65,12 @@ def matched(names: Collection[str], patterns: Mapping[str, Any], what: str) -> d
                 break
     if unused:
         words = f"no {what} is named like {', '.join(map(repr, unused))}; a pattern is of whole names, as '*.gate.*'"
-        raise ValueError(words + near(next(iter(unused)), names))
+        first = next(iter(unused))
+        longer = f"{first.rstrip('.*')}.*"
+        meant = (
+            f"; did you mean {longer!r}?" if any(fnmatchcase(name, longer) for name in names) else near(first, names)
+        )
+        raise ValueError(words + meant)
     return found
 
 
@@ -68,16 +89,22 @@ def owned(model: nn.Module) -> Iterable[tuple[str, Tensor, nn.Module]]:
     return [(names[p], p, module) for p, module in owner.items()]
 
 
+def words_of(name: str) -> list[str]:
+    return [word for word in name.lower().split(".") if word not in WRAPPERS]
+
+
 def role_of(name: str, p: Tensor, owner: nn.Module) -> str:
-    words = [word for word in name.lower().split(".") if word not in WRAPPERS]
+    words = words_of(name)
     if p.ndim <= 1 or words[-1] == "bias" or "norm" in type(owner).__name__.lower():
         return "vector"
     last = words[-2:]  # the module and its tensor: what lies deeper in an "embedder" is no embedding
     named = any(word in part for part in last for word in EMBEDDINGS)
-    if isinstance(owner, nn.Embedding) or (named and not any(w in part for part in last for w in POSITIONS)):
+    if isinstance(owner, nn.Embedding):
         return "embedding"
     if "lm_head" in words or (words[0] in HEADS and len(words) <= 2):
         return "head"
+    if named and not any(w in part for part in last for w in POSITIONS):
+        return "embedding"
     view = view_shape(tuple(p.shape))
     if p.ndim > 2 and (len(view) == 2) != isinstance(owner, nn.modules.conv._ConvNd):
         return "vector"  # a stack too narrow to be seen as one, or a convolution with so large a kernel that it is
@@ -102,8 +129,9 @@ def build_optimizer(
     `aux_<option>` of all but the matrices; fused, nonfinite, seed of the optimizer. Where nothing is said, all roles
     share lr (Muon's is then scaled to AdamW's RMS: adjust_lr_fn="match_rms_adamw"), and embeddings, heads and vectors
     have no weight decay and fp32 states. overrides: see `roles`. split, Muon's blocks of rows, may be patterns of names
-    too, {"*.wqkv.weight": (4096, 1024, 1024), "*.wq.weight": 128}: a group of matrices for each split. Every group
-    holds its `role`. ValueError for what no preset reads.
+    too, {"*.wqkv.weight": (4096, 1024, 1024), "*.wq.weight": 128}, the first that matches: a group of matrices for each
+    split. Every group holds its `role`. ValueError for what no preset reads; a warning for options of a role that no
+    parameter has.
     """
     name, aux = name.lower(), aux.lower()
     shared = {key: options.pop(key) for key in OF_THE_OPTIMIZER if key in options}
@@ -116,12 +144,20 @@ def build_optimizer(
     if name in ("muon", "normuon") and "adjust_lr_fn" not in given["matrix"]:
         given["matrix"]["adjust_lr_fn"] = "match_rms_adamw"
     members: dict[str, list[tuple[str, Tensor]]] = {role: [] for role in ROLES}
+    found = roles(model, overrides)
     parameters = dict(model.named_parameters())
-    for parameter, role in roles(model, overrides).items():
+    for parameter, role in found.items():
         members[role].append((parameter, parameters[parameter]))
     groups = []
+    for preset in (name, aux):
+        if preset not in PRESETS:
+            raise ValueError(
+                f"no optimizer is named {preset!r}; use one of {', '.join(PRESETS)}{near(preset, PRESETS)}"
+            )
     for role in ROLES:
         chosen = {"lr": lr, **USUAL.get(role, {}), **(given["aux"] if role != "matrix" else {}), **given[role]}
+        if role != "matrix" and given[role] and not members[role]:
+            unused(role, given[role], aux)
         for asked, some in by_split(members[role], chosen):
             group, recipe = group_of(name if role == "matrix" else aux, some, asked)
             groups.append({**group, "params": some, "recipe": recipe, "role": role})
@@ -147,19 +183,33 @@ def group_of(
     preset: str, members: list[tuple[str, Tensor]], options: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Recipe]:
     """The numbers and the recipe of a preset with these options."""
-    if preset not in PRESETS:
-        raise ValueError(f"no optimizer is named {preset!r}; use one of {', '.join(PRESETS)}{near(preset, PRESETS)}")
     try:
         made = PRESETS[preset](members, **options)
     except TypeError:
-        known = arguments_of(PRESETS[preset])
-        if not (wrong := [name for name in options if name not in known]):
-            raise
-        roles = f"<role>_<option> with the roles {', '.join(ROLES)}, or aux_<option> for all but matrices"
-        raise ValueError(
-            f"{wrong[0]!r} is neither an option of {preset} nor one of a role: {roles}. {preset} takes "
-            f"{', '.join(known)}{near(wrong[0], known)}"
-        ) from None
+        check_options(preset, options)
+        raise
     of_the_members = ("params", "param_names", "recipe")
     group = {key: value for key, value in made.param_groups[0].items() if key not in of_the_members}
     return group, made.recipes[0]
+
+
+def check_options(preset: str, options: Iterable[str]) -> None:
+    """ValueError for the first that the preset does not take."""
+    known = arguments_of(PRESETS[preset])
+    for name in options:
+        if name not in known:
+            longer = [f"{role}_{option}" for role in (*ROLES[1:], "aux") for option in ("lr", "weight_decay", "state")]
+            roles = f"<role>_<option> with the roles {', '.join(ROLES)}, or aux_<option> for all but matrices"
+            words = f"{name!r} is neither an option of {preset} nor one of a role: {roles}. {preset} takes "
+            raise ValueError(f"{words}{', '.join(known)}{near(name, [*known, *longer])}")
+
+
+def unused(role: str, options: Collection[str], preset: str) -> None:
+    """Of a role that no parameter has: a warning, or a ValueError for what the preset would not take."""
+    check_options(preset, options)
+    said = ", ".join(f"{role}_{option}" for option in options)
+    warnings.warn(
+        f"no parameter has the role {role}, so nothing reads {said}; shardopt.roles(model) tells them, and "
+        f"overrides={{'a pattern of names': {role!r}}} gives it",
+        stacklevel=3,
+    )

@@ -53,11 +53,19 @@ def test_wrong_options_are_refused_with_words(tmp_path, capsys):
     file.write_text("step = 3\n")
     with pytest.raises(ValueError, match="did you mean 'steps'"):
         options.parse(["--config", str(file)])
+    for wrong in ("wire=bf16", "[1]"):
+        with pytest.raises(ValueError, match=r"--optimizer_args is .*; give a JSON object"):
+            optim.further(wrong)
+    with pytest.raises(ValueError, match="micro_batch is -1"):
+        Config(micro_batch=-1)
     with pytest.raises(ValueError, match="kv_heads 3"):
         Config(kv_heads=3)
     with pytest.raises(SystemExit):
         options.parse(["--stat.exp_avg", "int8"])
     assert "unknown argument --stat.exp_avg" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        options.parse(["--optimzer", "lion"])
+    assert "did you mean '--optimizer'" in capsys.readouterr().err
 
 
 # data

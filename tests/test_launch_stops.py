@@ -42,12 +42,13 @@ def test_a_run_says_from_where_it_goes_on(tmp_path):
     assert made.told() == f"going on from {tmp_path}/checkpoints/step_00000040"
 
 
-def test_a_folder_has_one_run_at_a_time(tmp_path):
+def test_a_folder_has_one_run_at_a_time(tmp_path, capsys):
     """Kills: two runs that write one log and one series of checkpoints; a lock that outlives its run, or is given up
     before the killed ranks are gone."""
     held = runlog.claim(tmp_path)
     with pytest.raises(ValueError, match=rf"another run is at work in .* \(process {os.getpid()} on"):
         runlog.claim(tmp_path, patience=0.3)
+    assert capsys.readouterr().out.count("waiting for another run to leave") == 1
     Timer(0.3, held.close).start()
     runlog.claim(tmp_path, patience=60).close()
 

@@ -173,3 +173,22 @@ def test_many_parameters_are_told_on_one_screen():
     lines = ShardedOptimizer(groups, lr=0.02).explain().splitlines()
     assert sum(len(group["params"]) for group in groups) == 291
     assert len(lines) <= 32 and max(len(line.partition("; runs on")[0]) for line in lines) <= 130
+
+
+def test_bytes_of_torchs_optimizers_and_which_are_whose():
+    """Kills: another optimizer's state that is refused or counted without scalars' owner, columns without a title."""
+    for make in (torch.optim.AdamW, shardopt.AdamW):
+        p = nn.Parameter(torch.ones(8, 5))
+        opt = make([p], lr=1e-3)
+        p.grad = torch.ones(8, 5)
+        opt.step()
+        found = shardopt.state_bytes(opt)
+        assert (found.parameters, found.total, found.local, found.per_parameter) == (40, 320, 320, 8.0)
+        assert str(found).splitlines()[0].split() == ["all", "ranks", "this", "rank"]
+
+
+def test_groups_name_their_parameters():
+    """Kills: a parameter in a group of another role that nothing shown reveals."""
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(5)))
+    text = shardopt.AdamW(model.named_parameters()).explain()
+    assert "5 of 80 elements: 0.weight, 1.weight, 2.weight and 2 more" in text

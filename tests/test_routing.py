@@ -69,6 +69,32 @@ def test_views_that_the_module_does_not_mean():
     assert list(shardopt.roles(model).values()) == ["vector", "vector", "vector", "matrix", "matrix"]
 
 
+@pytest.mark.parametrize("name", ["out", "unembed", "embed_out", "to_logits"])
+def test_a_head_by_any_name(name):
+    """Named like one, or with as many rows as the vocabulary. Kills: a head sent to Muon without a word, its own rate
+    read by nobody; a square matrix in a block of as many rows, or one of two, taken for a head."""
+    model = nn.ModuleDict({"tok": nn.Embedding(64, 64), "blocks": nn.ModuleList([nn.Linear(64, 64, bias=False)])})
+    model[name] = nn.Linear(64, 64, bias=False)
+    assert list(shardopt.roles(model).values()) == ["embedding", "matrix", "head"]
+    opt = shardopt.build_optimizer(model, "muon", lr=0.02, head_lr=0.3)
+    assert [group["lr"] for group in opt.param_groups] == [0.02, 0.02, 0.3]
+    two = nn.ModuleDict({"tok": nn.Embedding(64, 64), "one": nn.Linear(64, 64, False), "two": nn.Linear(64, 64, False)})
+    assert list(shardopt.roles(two).values()) == ["embedding", "matrix", "matrix"]
+
+
+def test_options_of_a_role_that_nobody_has():
+    """Kills: a rate that nothing reads, or a misspelt one, without a word."""
+    model = nn.Sequential(nn.Linear(40, 96, bias=False))
+    with pytest.warns(UserWarning, match="no parameter has the role head, so nothing reads head_lr, head_state"):
+        shardopt.build_optimizer(model, lr=0.1, head_lr=0.2, head_state="fp32")
+    with pytest.raises(ValueError, match="'lrr' is neither an option of adamw"):
+        shardopt.build_optimizer(model, lr=0.1, head_lrr=0.2)
+    with pytest.raises(ValueError, match="did you mean 'embedding_lr'"):
+        shardopt.build_optimizer(model, lr=0.1, embeding_lr=0.2)
+    with pytest.raises(ValueError, match="model is a generator; give the module itself"):
+        shardopt.build_optimizer(model.parameters(), lr=0.1)
+
+
 def test_options_meet_the_real_parameters():
     """Kills: options tried on a stand-in's shape."""
     model = nn.Sequential(nn.Linear(40, 96, bias=False))
@@ -90,6 +116,10 @@ def test_splits_by_name():
     assert sorted(names) == sorted(ROLES)
     with pytest.raises(ValueError, match=r"no matrix is named like 'qvk.weight'.*; did you mean 'qkv.weight'"):
         shardopt.build_optimizer(Model(), "muon", lr=0.1, split={"qvk.weight": 32})
+    with pytest.raises(ValueError, match=r"no matrix is named like '\*qkv'.*; did you mean '\*qkv\.\*'"):
+        shardopt.build_optimizer(Model(), "muon", lr=0.1, split={"*qkv": 32})
+    with pytest.raises(ValueError, match=r"qkv\.weight has 96 rows, but split=\(32, 32\) adds up to 64"):
+        shardopt.build_optimizer(Model(), "muon", lr=0.1, split={"qkv.*": (32, 32)})
     with pytest.raises(ValueError, match=r"no matrix is named like '\*\.bias'"):
         shardopt.build_optimizer(Model(), "muon", lr=0.1, split={"*.bias": 32})
     with pytest.raises(ValueError, match=r"conv\.weight has 16 rows, which split=5 does not divide"):

@@ -196,6 +196,7 @@ def test_a_group_may_hold_what_its_user_wants():
         (adamw(lr=torch.ones(2)), "an lr tensor of shape \\(2,\\)"),
         (lambda: shardopt.roles(nn.Linear(8, 8), {"weigh": "matrix"}), "a pattern is of whole names"),
         (lambda: shardopt.save_checkpoint(nn.Linear(8, 8), None, "folder", step=1), "path is a Linear"),
+        (lambda: shardopt.save_checkpoint("folder", None, nn.Linear(8, 8), step=1), "model is a NoneType"),
     ],
 )
 def test_what_is_of_another_kind_is_refused_with_words(make, words):

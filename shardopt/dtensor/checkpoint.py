@@ -108,6 +108,8 @@ def save_checkpoint(
     """
     if not isinstance(path, (str, PathLike)):
         raise ValueError(f"path is a {type(path).__name__}; save_checkpoint takes the path, the model, the optimizer")
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"model is a {type(model).__name__}; save_checkpoint takes the path, the model, the optimizer")
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise ValueError(f"step is {step!r}; it must be an integer of at least 0, the number of steps done")
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):

@@ -22,7 +22,10 @@ def load_groups(
 ) -> list[dict[str, Any]]:
     """The saved groups' numbers, to be taken over; recipes are compared, never adopted: other options are a warning."""
     if len(groups) != len(saved):
-        raise ValueError(f"the state dict has {len(saved)} param groups, this optimizer {len(groups)}")
+        raise ValueError(
+            f"the state dict has {len(saved)} param groups, this optimizer {len(groups)}; build it with the same "
+            "groups (in shardopt.build_optimizer roles, overrides and split make them)"
+        )
     taken, told = [], []
     for i, (group, recipe, other) in enumerate(zip(groups, recipes, saved)):
         if len(group["params"]) != len(other["params"]):
