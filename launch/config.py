@@ -119,6 +119,8 @@ def to_bool(text: str) -> bool:
 
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The options of a TOML file; tables other than [state] only group them."""
+    if not Path(path).is_file():
+        raise ValueError(f"--config is {path}, where there is no file")
     flat: dict[str, Any] = {}
     for key, value in tomllib.loads(Path(path).read_text(encoding="utf-8")).items():
         flat.update(value if isinstance(value, dict) and key != "state" else {key: value})

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
+import shardopt
+
 from . import optim
 from .checkpoints import Checkpoints
 from .config import Config
@@ -133,7 +135,7 @@ def train(
         log.write(**line, time=round(log.seconds + time.perf_counter() - started, 3))
         if checkpoints.due(step):
             checkpoints.save(step)
-        state = state or f"{optim.bytes_per_parameter(optimizer):.2f} B/param"
+        state = state or f"{shardopt.state_bytes(optimizer).per_parameter:.2f} B/param"
         speed = (step - first) * tokens / (time.perf_counter() - started)
         bar.set_postfix_str(f"loss {loss:.4f}, {validation}{speed:,.0f} tokens/s, state {state}", refresh=False)
         bar.update()

@@ -73,8 +73,8 @@ def further(text: str) -> dict[str, Any]:
     """The options that are given as JSON."""
     try:
         found = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
-        found = error
+    except json.JSONDecodeError:
+        found = None
     if not isinstance(found, dict):
         raise ValueError(f"--optimizer_args is {text!r}; give a JSON object such as '{{\"momentum\": 0.9}}'")
     return found
@@ -90,11 +90,6 @@ def routed(model: nn.Module, config: Config, options: dict[str, Any]) -> torch.o
     shared: dict[str, Any] = {"nonfinite": "skip", "seed": config.seed, "embedding_lr": ends}
     shared |= {} if config.tied else {"head_lr": ends}
     return shardopt.build_optimizer(model, name, weight_decay=decay, **shared, **for_all, **options)
-
-
-def bytes_per_parameter(optimizer: torch.optim.Optimizer) -> float:
-    """Optimizer state, scales included, over all ranks."""
-    return float(shardopt.state_bytes(optimizer).per_parameter)
 
 
 def factor(step: int, config: Config) -> float:

@@ -20,6 +20,7 @@ if __package__ in (None, ""):  # started as a file: its own folder is on the pat
 import torch
 import torch.distributed as dist
 
+import shardopt
 from launch import mesh, optim
 from launch.checkpoints import Checkpoints
 from launch.config import Config, parse
@@ -59,7 +60,7 @@ def finish(
     if needed.item():  # a finished run that was started again without its log
         val_loss = evaluate(model, optimizer, config, corpus, place)
     text = sample(model, optimizer, config, place) if config.sample else ""
-    state_bytes = optim.bytes_per_parameter(optimizer)
+    state_bytes = shardopt.state_bytes(optimizer).per_parameter
     summary = {
         "val_loss": val_loss,
         "state_bytes_per_parameter": state_bytes,
@@ -116,10 +117,7 @@ def run(config: Config, stop: StopFlag) -> None:
 def main() -> None:
     try:
         run(parse(sys.argv[1:]), StopFlag())
-    except (
-        ValueError,
-        FileNotFoundError,
-    ) as error:  # what the user can mend, in one line and not as a traceback a rank
+    except ValueError as error:  # what the user can mend, in one line and not as a traceback a rank
         if not dist.is_initialized() or dist.get_rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -1,8 +1,7 @@
 """What an optimizer holds and does, in numbers: bytes of state, and the recipe of every group."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -47,7 +46,7 @@ def state_bytes(opt: Any) -> StateBytes:
     if hasattr(opt, "settle"):
         opt.settle()
     found = StateBytes(parameters=sum(p.numel() for p, state in opt.state.items() if state))
-    for _, name, part in stored(opt):
+    for name, part in chain.from_iterable(state.items() for state in opt.state.values()):
         if name in (STEP, KEY) or not isinstance(part, Tensor):
             continue
         whole, here = part.numel() * part.element_size(), local_of(part).numel() * part.element_size()
@@ -56,12 +55,6 @@ def state_bytes(opt: Any) -> StateBytes:
         found.total += whole
         found.local += here
     return found
-
-
-def stored(opt: Any) -> Iterator[tuple[Tensor, str, Tensor]]:
-    for p, state in opt.state.items():
-        for name, part in state.items():
-            yield p, name, part
 
 
 def explain(opt: Any) -> str:

@@ -47,7 +47,8 @@ def roles(model: nn.Module, overrides: Mapping[str, str] | None = None) -> dict[
         vocabularies = {p.shape[0] for _, p, owner in every if isinstance(owner, nn.Embedding)}
         tops = [(name, p) for name, p, owner in every if isinstance(owner, nn.Linear) and len(words_of(name)) <= 2]
         heads = [name for name, p in tops if found[name] == "matrix" and p.shape[0] in vocabularies]
-        found.update({name: "head" for name in heads} if len(heads) == 1 else {})
+        if len(heads) == 1:
+            found[heads[0]] = "head"
     for pattern, role in (overrides or {}).items():
         choice(f"the role of {pattern!r}", role, ROLES)
     return found | matched(found, overrides or {}, "parameter")
@@ -67,10 +68,9 @@ def matched(names: Collection[str], patterns: Mapping[str, Any], what: str) -> d
         words = f"no {what} is named like {', '.join(map(repr, unused))}; a pattern is of whole names, as '*.gate.*'"
         first = next(iter(unused))
         longer = f"{first.rstrip('.*')}.*"
-        meant = (
-            f"; did you mean {longer!r}?" if any(fnmatchcase(name, longer) for name in names) else near(first, names)
-        )
-        raise ValueError(words + meant)
+        if any(fnmatchcase(name, longer) for name in names):
+            raise ValueError(f"{words}; did you mean {longer!r}?")
+        raise ValueError(words + near(first, names))
     return found
 
 
@@ -148,16 +148,16 @@ def build_optimizer(
     parameters = dict(model.named_parameters())
     for parameter, role in found.items():
         members[role].append((parameter, parameters[parameter]))
-    groups = []
     for preset in (name, aux):
         if preset not in PRESETS:
             raise ValueError(
                 f"no optimizer is named {preset!r}; use one of {', '.join(PRESETS)}{near(preset, PRESETS)}"
             )
+    groups = []
     for role in ROLES:
         chosen = {"lr": lr, **USUAL.get(role, {}), **(given["aux"] if role != "matrix" else {}), **given[role]}
         if role != "matrix" and given[role] and not members[role]:
-            unused(role, given[role], aux)
+            tell_unread(role, given[role], aux)
         for asked, some in by_split(members[role], chosen):
             group, recipe = group_of(name if role == "matrix" else aux, some, asked)
             groups.append({**group, "params": some, "recipe": recipe, "role": role})
@@ -183,11 +183,8 @@ def group_of(
     preset: str, members: list[tuple[str, Tensor]], options: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Recipe]:
     """The numbers and the recipe of a preset with these options."""
-    try:
-        made = PRESETS[preset](members, **options)
-    except TypeError:
-        check_options(preset, options)
-        raise
+    check_options(preset, options)
+    made = PRESETS[preset](members, **options)
     of_the_members = ("params", "param_names", "recipe")
     group = {key: value for key, value in made.param_groups[0].items() if key not in of_the_members}
     return group, made.recipes[0]
@@ -204,7 +201,7 @@ def check_options(preset: str, options: Iterable[str]) -> None:
             raise ValueError(f"{words}{', '.join(known)}{near(name, [*known, *longer])}")
 
 
-def unused(role: str, options: Collection[str], preset: str) -> None:
+def tell_unread(role: str, options: Collection[str], preset: str) -> None:
     """Of a role that no parameter has: a warning, or a ValueError for what the preset would not take."""
     check_options(preset, options)
     said = ", ".join(f"{role}_{option}" for option in options)

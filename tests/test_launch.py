@@ -53,6 +53,8 @@ def test_wrong_options_are_refused_with_words(tmp_path, capsys):
     file.write_text("step = 3\n")
     with pytest.raises(ValueError, match="did you mean 'steps'"):
         options.parse(["--config", str(file)])
+    with pytest.raises(ValueError, match=r"--config is .*nowhere\.toml, where there is no file"):
+        options.parse(["--config", str(tmp_path / "nowhere.toml")])
     for wrong in ("wire=bf16", "[1]"):
         with pytest.raises(ValueError, match=r"--optimizer_args is .*; give a JSON object"):
             optim.further(wrong)

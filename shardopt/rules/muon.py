@@ -127,9 +127,9 @@ class Muon(Rule):
                 "with another recipe, or let shardopt.build_optimizer route them"
             )
         if sum(blocks(self.split, view[-2])) != view[-2]:
-            even = isinstance(self.split, int)
-            wrong = f"which split={self.split} does not divide" if even else f"but split={self.split} adds up to "
-            return f"has {view[-2]} rows, {wrong}{'' if even else sum(self.split)}"
+            if isinstance(self.split, int):
+                return f"has {view[-2]} rows, which split={self.split} does not divide"
+            return f"has {view[-2]} rows, but split={self.split} adds up to {sum(self.split)}"
         return None
 
     def whole(self, view: tuple[int, ...]) -> tuple[Orthogonalizer, Wire, str]:
