@@ -16,6 +16,7 @@ SHAPES = ((7, 15), (16, 17), (2, 16), (1, 1), (40, 3), (5, 3, 40), (66, 9, 3, 3)
 DECAY = 0.13
 SPEC = 1e-5  # of the tensor's norm: five float32 Newton-Schulz steps, each about 20 roundings deep
 
+SLOTS = ("momentum_buffer", "row_sq", "exp_avg_sq")
 VARIANTS = {
     "muon": lambda: rules.Muon(lr=2e-2, momentum=0.93),
     "muon.plain": lambda: rules.Muon(lr=2e-2, momentum=0.9, nesterov=False),
@@ -55,7 +56,8 @@ def exact(rule):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_equals_the_paper(name):
     """6 steps of every matrix. Kills: decay at the adjusted rate, a missing Nesterov term, rows and columns swapped in
-    adjust_lr or row_sq, a stack or a convolution orthogonalized as one matrix of another view, o before the sign."""
+    adjust_lr or row_sq, a stack or a convolution orthogonalized as one matrix of another view, o before the sign; of the
+    state another scale, which the update cancels."""
     rule = exact(VARIANTS[name]())
     shapes = [s for s in SHAPES if not (name == "adamuon.identity" and s == (1, 1))]
     params = [torch.nn.Parameter(weights(shape, seed=i)) for i, shape in enumerate(shapes)]
@@ -67,8 +69,12 @@ def test_equals_the_paper(name):
             p.grad = g.clone()
         opt.step()
         expected = [muon_spec.step(rule, e, viewed(g.double()), s, DECAY) for e, g, s in zip(expected, gs, states)]
-    for i, (p, e) in enumerate(zip(params, expected)):
+    for i, (p, e, s) in enumerate(zip(params, expected, states)):
         assert relative(viewed(p.detach()), e, weights(shapes[i], seed=i)) < SPEC, shapes[i]
+        parts = [part for part in opt.state[p] if part.split(".")[0] in SLOTS]
+        for part, moment in zip(parts, s.values(), strict=True):
+            stored = opt.state[p][part].reshape(moment.shape).double()
+            assert float((stored - moment).norm() / moment.norm()) < SPEC, (part, shapes[i])
 
 
 @pytest.mark.parametrize("adjust", [None, "original", "match_rms_adamw"])
@@ -267,11 +273,12 @@ def test_rows_of_normuon_are_read_from_a_stock_checkpoint(tmp_path):
         assert other.state[read.weight][name].equal(part), name
 
 
+@pytest.mark.parametrize("fused", (True, False))
 @pytest.mark.parametrize("rule", (rules.Muon, rules.NorMuon, rules.AdaMuon))
-def test_a_broken_gradient_shows(rule):
+def test_a_broken_gradient_shows(rule, fused):
     """Kills: the sign of NaN, which torch calls 0: the run would go on with a momentum of NaN."""
     p = torch.nn.Parameter(torch.randn(64, 96))
-    opt = ShardedOptimizer([p], Recipe(rule()))
+    opt = ShardedOptimizer([p], Recipe(rule()), fused=fused)
     p.grad = torch.randn(64, 96)
     p.grad[3, 5] = float("nan")
     opt.step()
