@@ -1,6 +1,5 @@
 """Param groups: what a group asks for beside its numbers, and the recipe that follows from it."""
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import itemgetter
@@ -15,6 +14,7 @@ from shardopt.kernels.walk import same
 from shardopt.recipe import Recipe, addons_of
 from shardopt.rules import RULES, Rule
 from shardopt.spelling import near
+from shardopt.telling import tell
 
 RECIPE_KEYS = ("state", "addons", "rounding", "update_from")
 NUMBERS = tuple(dict.fromkeys(["weight_decay", *(n for rule in RULES.values() for n in rule.numbers if n != "lr")]))
@@ -45,7 +45,8 @@ def complete(
             "and decay give it 'recipe': shardopt.Recipe(shardopt.rules.AdamW(), 'fp32', ('decay',))"
         )
     refuse(group)
-    check_spelling(recipe, group)
+    if words := misspelt(recipe, group):
+        raise ValueError(f"a param group {words}")
     if misplaced := [name for name in ("nonfinite", "seed") if name in group]:
         raise ValueError(f"{', '.join(misplaced)} belongs to the optimizer, not to a param group")
     asked = set(group)
@@ -73,14 +74,13 @@ def complete(
     return group, recipe
 
 
-def check_spelling(recipe: Recipe, group: Mapping[str, Any]) -> None:
-    """ValueError for keys that are nobody's, but much like an option: torch lets a group hold what its user wants."""
+def misspelt(recipe: Recipe, group: Mapping[str, Any]) -> str:
+    """In words, or "": a key that is nobody's but much like an option. torch lets a group hold what its user wants."""
     known = {*NUMBERS, *COMMON, *REFUSED, *RECIPE_KEYS, *recipe.rule.switches(), *recipe.rule.aliases}
-    for name in set(group) - known - {"params", "param_names", "recipe", "nonfinite", "seed"}:
+    for name in group.keys() - known - {"params", "param_names", "recipe", "nonfinite", "seed"}:
         if meant := near(name, known, cutoff=0.85):
-            raise ValueError(
-                f"a param group has the key {name!r}, which nothing reads (if it is yours, choose another name){meant}"
-            )
+            return f"has the key {name!r}, which nothing reads (if it is yours, choose another name){meant}"
+    return ""
 
 
 def refuse(options: Mapping[str, Any]) -> None:
@@ -256,13 +256,14 @@ def settled(recipe: Recipe, group: dict[str, Any], started: bool, number: int, l
     if "max_momentum" in group:
         hand_on(recipe.rule, group)
     check_rate(f"param group {number}", group.get("lr"), group["params"])
+    if (look is None or len(group) != look.size) and (words := misspelt(recipe, group)):
+        tell(f"param group {number} {words}")
     if look is None or recipe is not look.recipe or not look.followed(group):
         check_followed(f"param group {number}", recipe, group)
         if names := unread(recipe, group):
-            warnings.warn(
+            tell(
                 f"param group {number} has {', '.join(names)}, which {recipe.key()} does not read: it reads "
-                f"{', '.join(recipe.defaults())}",
-                stacklevel=4,
+                f"{', '.join(recipe.defaults())}"
             )
     rule = with_numbers(recipe.rule, {**group, "lr": recipe.rule.defaults().get("lr", 0.0)})
     if rule.slots() == recipe.rule.slots():

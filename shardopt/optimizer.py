@@ -1,6 +1,5 @@
 """ShardedOptimizer: torch.optim.Optimizer's interface over recipes, layouts and the engine."""
 
-import warnings
 from collections.abc import Callable, Collection, Iterable
 from copy import deepcopy
 from itertools import chain
@@ -26,6 +25,7 @@ from shardopt.recipe import Recipe
 from shardopt.report import explain
 from shardopt.spelling import choice
 from shardopt.state import make_state
+from shardopt.telling import tell
 
 NONFINITE = ("propagate", "zero", "skip")
 KEPT = ("recipe", "nonfinite", "seed", "fused", "calls", "resumed_at", "_given", "_skipped")  # by pickle and deepcopy
@@ -242,7 +242,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         items = self.items()
         if self.calls == 0:
             if not items and (warning := lazy.check_not_stale(self.named_parameters())):
-                warnings.warn(warning, stacklevel=3)
+                tell(warning)
             if engine.only_initialises(items, self.param_groups, self.answers):
                 return loss
         taken = engine.run(items, self.answers, policy, self.native)

@@ -1,6 +1,5 @@
 """Routes a model's parameters by role: matrices to the optimizer asked for, the rest to one that suits them."""
 
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,6 +12,7 @@ from shardopt.presets import PRESETS
 from shardopt.presets.base import arguments_of
 from shardopt.recipe import Recipe
 from shardopt.spelling import choice, near
+from shardopt.telling import tell
 
 ROLES = ("matrix", "embedding", "head", "vector")
 EMBEDDINGS, POSITIONS = ("embed", "wte"), ("position", "pos_embed", "wpe", "time")
@@ -205,8 +205,7 @@ def tell_unread(role: str, options: Collection[str], preset: str) -> None:
     """Of a role that no parameter has: a warning, or a ValueError for what the preset would not take."""
     check_options(preset, options)
     said = ", ".join(f"{role}_{option}" for option in options)
-    warnings.warn(
+    tell(
         f"no parameter has the role {role}, so nothing reads {said}; shardopt.roles(model) tells them, and "
-        f"overrides={{'a pattern of names': {role!r}}} gives it",
-        stacklevel=3,
+        f"overrides={{'a pattern of names': {role!r}}} gives it"
     )

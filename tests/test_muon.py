@@ -56,8 +56,8 @@ def exact(rule):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_equals_the_paper(name):
     """6 steps of every matrix. Kills: decay at the adjusted rate, a missing Nesterov term, rows and columns swapped in
-    adjust_lr or row_sq, a stack or a convolution orthogonalized as one matrix of another view, o before the sign; of the
-    state another scale, which the update cancels."""
+    adjust_lr or row_sq, a stack or a convolution orthogonalized as one matrix of another view, o before the sign, a
+    scale of the state that the update cancels."""
     rule = exact(VARIANTS[name]())
     shapes = [s for s in SHAPES if not (name == "adamuon.identity" and s == (1, 1))]
     params = [torch.nn.Parameter(weights(shape, seed=i)) for i, shape in enumerate(shapes)]

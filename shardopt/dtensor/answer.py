@@ -4,7 +4,6 @@ A parameter sharded over two mesh axes is reduced over the first, then over the 
 as what needs that axis, no group has to be made, and all ranks hold the same bits. Whole matrices: `whole.py`.
 """
 
-import warnings
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -24,6 +23,7 @@ from shardopt.dtensor.row_blocks import block_sums, told_to_rows
 from shardopt.dtensor.schedule import Planner, Schedule, Wanted, foreseen, schedule
 from shardopt.dtensor.standing import Standing
 from shardopt.dtensor.whole import Passage
+from shardopt.telling import tell
 
 KEPT = 1 << 16  # parameters in all schedules that are kept, 1.4 kB each: sets of them take turns in having gradients
 
@@ -60,11 +60,10 @@ class Answers:
     def forget(self) -> None:
         """Give up the schedule that has not been used for longest."""
         if not self.forgets and not (dist.is_initialized() and dist.get_rank()):
-            warnings.warn(
+            tell(
                 f"{len(self.schedules)} different sets of matrices have had gradients so far; plans of no more are "
                 "kept, so that a set which returns may be planned, and compared between ranks, once more. Where few "
-                "sets would do: keep zeros as the gradients of what was not used (zero_grad(set_to_none=False))",
-                stacklevel=2,
+                "sets would do: keep zeros as the gradients of what was not used (zero_grad(set_to_none=False))"
             )
         self.forgets = True
         del self.schedules[next(iter(self.schedules))]

@@ -1,7 +1,6 @@
 """Saves model and optimizer as torch.distributed.checkpoint does, committed and checked; loads on any mesh or codec."""
 
 import json
-import warnings
 from concurrent.futures import Future
 from contextlib import suppress
 from os import PathLike
@@ -30,6 +29,7 @@ from shardopt.dtensor.record import optimizer_state, record_of
 from shardopt.dtensor.restore import restore
 from shardopt.dtensor.stored import Stored, quiet, reasons
 from shardopt.dtensor.writer import CheckpointWriter
+from shardopt.telling import tell
 
 MODEL, OPTIM = "model", "optim"
 VERIFIED_BYTES = 20_000_000_000  # checkpoints below this have their checksums verified unless told otherwise
@@ -80,7 +80,7 @@ class Save:
         if error is not None:
             told = self.failed(error)
             if not self.awaited:
-                warnings.warn(str(told), stacklevel=2)
+                tell(str(told))
 
 
 def save_checkpoint(
@@ -187,9 +187,7 @@ def load_checkpoint(
     if gone and ranks.rank == 0:
         names, have = ", ".join(folder.name for folder in gone), "has" if len(gone) == 1 else "have"
         instead = f"step {max(found)} is loaded instead" if found else "there is no other to load"
-        warnings.warn(
-            f"{names} in {root} {have} no {COMMITTED}, so that nothing vouches for it: {instead}", stacklevel=2
-        )
+        tell(f"{names} in {root} {have} no {COMMITTED}, so that nothing vouches for it: {instead}")
     troubles = []
     for folder in reversed(found.values()):
         try:
@@ -197,7 +195,7 @@ def load_checkpoint(
         except Damaged as error:
             troubles.append(str(error))
             if ranks.rank == 0:
-                warnings.warn(f"{error}. Trying the checkpoint before it", stacklevel=2)
+                tell(f"{error}. Trying the checkpoint before it")
     if troubles:
         raise ValueError(f"every checkpoint in {root} is damaged: {'; '.join(troubles)}")
     return None

@@ -1,6 +1,5 @@
 """Loads a state dict without casting: everything is compared first, then copied into the storage that is there."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from shardopt.dtensor.layout import local_of
 from shardopt.dtensor.match import adopted, check_meaning, check_numbers, differences, sentence
 from shardopt.recipe import Recipe
 from shardopt.state import KEY, STEP
+from shardopt.telling import tell
 
 KEPT_OUT = ("params", "recipe", "state", "addons", "rounding", "update_from")  # compared, never adopted
 
@@ -44,7 +44,7 @@ def load_groups(
         told += differences(i, recipe, other)
         taken.append({name: x for name, x in other.items() if name not in KEPT_OUT and adopted(recipe, name)})
     if told and not (dist.is_initialized() and dist.get_rank()):
-        warnings.warn(sentence(told), stacklevel=3)
+        tell(sentence(told))
     return taken
 
 

@@ -11,12 +11,13 @@ import json
 import os
 import re
 import shutil
-import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from shardopt.telling import tell
 
 FORMAT = 1
 MANIFEST, COMMITTED, SAVING, METADATA = "manifest.json", "COMMITTED", "SAVING", ".metadata"
@@ -150,7 +151,7 @@ def removing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        warnings.warn(f"{folder} could not be removed ({error}); it is left there", stacklevel=2)
+        tell(f"{folder} could not be removed ({error}); it is left there")
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -1,6 +1,5 @@
 """What of a checkpoint goes where: read in place, transcoded or started fresh; all decided before any is written."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from shardopt.dtensor.transcode import Job
 from shardopt.recipe import Recipe
 from shardopt.spelling import first_of
 from shardopt.state import KEY, STEP, part_name, part_specs
+from shardopt.telling import tell
 
 TOLD = 12  # names of what is in a checkpoint and not here, or of another dtype
 
@@ -247,8 +247,8 @@ def report(plan: Plan, folder: Path) -> None:
     if plan.surplus:
         told.append(f"holds {first_of(plan.surplus, TOLD)}, which this model or optimizer has not: ignored")
     if told:
-        warnings.warn(f"{folder} {'; it '.join(told)}", stacklevel=2)
+        tell(f"{folder} {'; it '.join(told)}")
     if plan.others:
-        warnings.warn(f"{folder}: {sentence(plan.others)}", stacklevel=2)
+        tell(f"{folder}: {sentence(plan.others)}")
     if plan.cast:
-        warnings.warn(f"{folder} has other dtypes, which were converted: {first_of(plan.cast, TOLD)}", stacklevel=2)
+        tell(f"{folder} has other dtypes, which were converted: {first_of(plan.cast, TOLD)}")

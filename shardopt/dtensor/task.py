@@ -53,9 +53,10 @@ class Task:
 
     @property
     def cut(self) -> int:
-        """The long dim, -2 or -1: the one that the shards cut where the mode is "gram"."""
-        member = self.plan.members[self.member]
-        return member.cut or (-2 if member.rows >= member.cols else -1)
+        """The long dim, -2 or -1, where the mode is "gram": the one that the shards cut."""
+        cut = self.plan.members[self.member].cut
+        assert cut is not None, "the plan is only asked for the Gram form of what is cut"
+        return cut
 
 
 def formats_of(layout: Layout, wire: Any) -> tuple[Format, Format]:
@@ -98,6 +99,5 @@ def mode_asked(work: Any, member: Member, mode: str) -> str:
         if mode == "gram":
             raise ValueError(f"mode 'gram' needs an orthogonalizer in Gram form, not {work.key()}; use mode 'full'")
         return "full"
-    return (
-        "full" if mode == "gram" and not member.long_side_cut else mode
-    )  # nothing to sum, or not all of the short side
+    unfit = mode == "gram" and not member.long_side_cut  # nothing to sum, or not all of the short side
+    return "full" if unfit else mode

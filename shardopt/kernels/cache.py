@@ -5,12 +5,13 @@ import json
 import os
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from shardopt.telling import tell
 
 CSRC = Path(__file__).parents[1] / "csrc"
 WAIT = 300.0  # seconds for another process that builds
@@ -28,10 +29,9 @@ def cache_folder() -> Path:
             return folder
     except OSError as error:
         own = Path(tempfile.mkdtemp(prefix="shardopt-"))
-        warnings.warn(
+        tell(
             f"shardopt cannot write compiled kernels to {folder} ({error}); this process compiles its own into {own}. "
-            "Set SHARDOPT_CACHE to a folder that can be written",
-            stacklevel=2,
+            "Set SHARDOPT_CACHE to a folder that can be written"
         )
         return own
 

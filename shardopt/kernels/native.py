@@ -1,7 +1,6 @@
 """Steps whatever has a twin with native kernels: one call for all parameters of a key."""
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from shardopt.kernels.spans import Shape, parts_of, shape_of
 from shardopt.kernels.survey import Survey, possible
 from shardopt.kernels.twins import NoTwin
 from shardopt.spelling import first_of
+from shardopt.telling import tell
 
 OFF = os.environ.get("SHARDOPT_FUSED") == "0"  # for machines whose compiler must not be used
 SAID: set[str] = set()
@@ -285,10 +285,9 @@ def say(reason: str) -> None:
     """A machine that cannot compile is told of once a process."""
     if reason not in SAID:
         SAID.add(reason)
-        warnings.warn(
+        tell(
             f"shardopt steps on the PyTorch reference: {reason}. The results are the same, the steps slower; "
-            "fused=False chooses this without a warning",
-            stacklevel=5,
+            "fused=False chooses this without a warning"
         )
 
 
