@@ -16,7 +16,7 @@ from tests.test_plan import UGLY, llama, matrix
 
 def test_replicas_share_only_when_that_is_faster():
     """By the model: wide matrices cost more than the network, narrow ones less. Kills: always; never."""
-    assert plan(llama("llama3-8b"), 8, 8).shared
+    assert plan(llama("llama3-8b"), 8, 8).shared and plan(llama("llama3-8b"), 8, 2).shared
     narrow = plan([matrix(256, 256)] * 64, 8, 8)
     assert not narrow.shared
     assert "repeated" in narrow.sharing and "ms shared" in narrow.sharing

@@ -121,7 +121,18 @@ def test_default_safety():
 
 
 @pytest.mark.parametrize(
-    "coefficients", ["jordan", "minimax()", "minimax(x)", "minimax(2.0)", "minimax(0.1, 0.1, 0.1)", (), (1.0, 2.0), 3]
+    "coefficients",
+    [
+        "jordan",
+        "minimax()",
+        "minimax(x)",
+        "minimax(1.0)",
+        "minimax(0.1, 1.0)",
+        "minimax(0.1, 0.1, 0.1)",
+        (),
+        (1.0, 2.0),
+        3,
+    ],
 )
 def test_what_is_no_set_is_refused_with_words(coefficients):
     with pytest.raises(ValueError, match=r"minimax"):
