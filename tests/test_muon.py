@@ -179,6 +179,14 @@ def test_vectors_are_refused():
         shardopt.Muon([layer.weight], split=3)
 
 
+@pytest.mark.parametrize("rule", [rules.NorMuon, rules.AdaMuon])
+@pytest.mark.parametrize("options", [{"beta2": 1.0}, {"beta2": -0.1}, {"eps": -1e-8}, {"scale": "rms"}])
+def test_numbers_of_the_kin_are_checked(rule, options):
+    """Kills: a second moment that never moves, in silence."""
+    with pytest.raises((ValueError, TypeError), match=next(iter(options))):
+        rule(**options)
+
+
 @pytest.mark.parametrize(
     "options, words",
     [

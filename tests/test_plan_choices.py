@@ -121,7 +121,7 @@ def test_describe_names_every_parameter():
     names = [f"layer.{i}" for i in range(len(UGLY))]
     text = plan([matrix(*shape) for shape in UGLY], 3, 2, share=True).describe(names)
     assert all(name in text for name in names)
-    assert "replica.shard 1." in text
+    assert "replica.shard 1." in text and "bucket 0: 8 matrices" in text
     assert "member 3" in plan([matrix(*shape) for shape in UGLY], 3).describe()
     many = plan([matrix(8, 8, count=40)], 16).describe()
     assert "shard 0, 1, 2, 3, 4, 5, 6, 7 and 8 more" in many

@@ -239,3 +239,27 @@ def test_different_plans_are_refused_on_every_rank():
 
     results = run_threaded(3, body)
     assert results[0] == results[1] == results[2]
+
+
+def test_the_first_difference_is_told():
+    """Kills: a difference of counts told as one of options, the other rank's words."""
+
+    def body(rank):
+        place = DeviceMesh("cpu", [0, 1]), (Shard(0),), rows(2)
+        words = []
+        for fewer in (True, False):
+            ps, cuts = placed(((6, 8),) * 6, [place] * 6)
+            optimizer = ShardedOptimizer(ps, Recipe(Asker()))
+            if rank == 1 and fewer:
+                ps, cuts = ps[:2], cuts[:2]
+            elif rank == 1:
+                optimizer.answers.planner = partial(plan, bucket_bytes=1)
+            with pytest.raises(ValueError, match="different plans") as error:
+                train(optimizer, ps, cuts, steps=1)
+            words.append(str(error.value))
+        return words
+
+    for rank, (fewer, other) in enumerate(run_threaded(2, body)):
+        assert "some have 2 matrices with gradients, some 6" in fewer
+        assert ("number 2 is" in fewer, "is the last" in fewer) == (rank == 0, rank == 1)
+        assert "of the same parameters, by planners with other options" in other

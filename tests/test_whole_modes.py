@@ -109,8 +109,10 @@ def test_auto_does_what_the_plan_says():
 
 
 def test_local_works_on_the_shard_and_sends_nothing():
-    """Every rank's step is that of its shard alone, as a whole plain parameter; an empty shard too. Kills: an answer that
-    is wrong, or 0, wherever the mode is local."""
+    """Every rank's step is that of its shard alone, as a whole plain parameter; an empty shard too.
+
+    Kills: an answer that is wrong, or 0, wherever the mode is local.
+    """
     shapes, work = ((7, 15), (2, 16), (4, 32, 48)), NewtonSchulz(steps=2)
     recipe = Recipe(Asker(mode="local", work=work))
 
