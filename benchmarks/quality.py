@@ -148,8 +148,8 @@ def train(name: str, seed: int, at: Settings, config: Config) -> dict[str, Any]:
     }
 
 
-def read() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+def read(path: Path = RESULTS) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def settings_of(row: dict[str, Any]) -> Settings:
@@ -168,18 +168,43 @@ def run(names: list[str], seeds: list[int], at: Settings, config: Config) -> Non
             print(f"{name:44} seed {seed} loss {row['loss']:.5f}  step {row['step_seconds'] * 1e3:.0f} ms", flush=True)
 
 
+Losses = dict[tuple[Settings, str, int], float]  # of a machine, by settings, name and seed
+
+
+def paired(rows: Losses, at: Settings, name: str) -> dict[int, float]:
+    """Seed -> difference to the base at the same settings and seed."""
+    base = base_of(name)
+    losses = {seed: loss for (where, who, seed), loss in rows.items() if (where, who) == (at, name)}
+    return {seed: loss - rows[at, base, seed] for seed, loss in losses.items() if (at, base, seed) in rows}
+
+
 def table(seeds: list[int]) -> None:
-    """Mean loss, and mean and spread of the paired differences to the base at the same settings and seeds."""
-    rows = {(settings_of(row), row["name"], row["seed"]): row["loss"] for row in read() if row["seed"] in seeds}
-    for at in sorted({key[0] for key in rows}, key=astuple):
-        print(" ".join(f"{name} {value:g}" for name, value in asdict(at).items()))
-        for name in dict.fromkeys(key[1] for key in rows if key[0] == at):
-            losses = {key[2]: loss for key, loss in rows.items() if key[:2] == (at, name)}
-            base = base_of(name)
-            pairs = [loss - rows[at, base, s] for s, loss in losses.items() if (at, base, s) in rows]
-            difference = f"{statistics.mean(pairs):+9.5f}" if pairs else " " * 9
-            spread = f"{statistics.stdev(pairs):8.5f}" if len(pairs) > 1 and all(map(isfinite, pairs)) else ""
-            print(f"  {name:36} {len(losses):2} seeds {statistics.mean(losses.values()):9.5f} {difference} {spread}")
+    """Of every machine (a file) mean loss, and mean and spread of the paired differences; then of all machines."""
+    machines: list[Losses] = []
+    for path in sorted(RESULTS.parent.glob("quality*.jsonl")):
+        print(path.name)
+        rows = {(settings_of(row), row["name"], row["seed"]): row["loss"] for row in read(path) if row["seed"] in seeds}
+        machines.append(rows)
+        for at in sorted({key[0] for key in rows}, key=astuple):
+            print(" ".join(f"{name} {value:g}" for name, value in asdict(at).items()))
+            for name in dict.fromkeys(key[1] for key in rows if key[0] == at):
+                losses = [loss for key, loss in rows.items() if key[:2] == (at, name)]
+                pairs = list(paired(rows, at, name).values())
+                difference = f"{statistics.mean(pairs):+9.5f}" if pairs else " " * 9
+                spread = f"{statistics.stdev(pairs):8.5f}" if len(pairs) > 1 and all(map(isfinite, pairs)) else ""
+                print(f"  {name:36} {len(losses):2} seeds {statistics.mean(losses):9.5f} {difference} {spread}")
+    over_machines(machines)
+
+
+def over_machines(machines: list[Losses]) -> None:
+    """Mean over seeds of each seed's mean over its machines, and its standard error; equal runs count once."""
+    print("all machines: mean and standard error over seeds")
+    for at, name in dict.fromkeys(key[:2] for rows in machines for key in rows):
+        runs = [pair for rows in machines for pair in paired(rows, at, name).items()]
+        means = [statistics.mean({pair for s, pair in runs if s == seed}) for seed in dict(runs)]
+        if len(means) > 1 and all(map(isfinite, means)):
+            mean, error = statistics.mean(means), statistics.stdev(means) / len(means) ** 0.5
+            print(f"  {name:36} {len(means):2} seeds {mean:+9.5f} {error:8.5f}  lr {at.lr:g} beta2 {at.beta2:g}")
 
 
 def main() -> None:
