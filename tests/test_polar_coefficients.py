@@ -127,6 +127,7 @@ def test_default_safety():
         "minimax()",
         "minimax(x)",
         "minimax(1.0)",
+        "minimax(2.0)",
         "minimax(0.1, 1.0)",
         "minimax(0.1, 0.1, 0.1)",
         (),

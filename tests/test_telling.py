@@ -1,6 +1,5 @@
-"""Warnings name the line of the user's script: that is where the mistake is, and Python shows each line once."""
+"""Warnings name the line of the user's script: that is where the mistake is, and Python shows a text once a line."""
 
-import warnings
 from _thread import start_new_thread
 from threading import Event
 
@@ -62,11 +61,10 @@ def loaded(folder):
 @pytest.mark.parametrize("way", (unread, misspelt, scheduled, no_such_role, surplus, loaded))
 def test_warnings_name_the_users_line(way, tmp_path):
     """Kills: a depth that is counted by hand, and is another where torch wraps a call or ours goes another way."""
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always", UserWarning)
+    with pytest.warns(UserWarning) as told:
         way(tmp_path / "checkpoint")
     ours = [warning for warning in told if issubclass(warning.category, UserWarning)]
-    assert ours and all(warning.filename == __file__ for warning in ours), [(w.filename, str(w.message)) for w in ours]
+    assert all(warning.filename == __file__ for warning in ours), [(w.filename, str(w.message)) for w in ours]
 
 
 def test_without_a_user():
